@@ -167,7 +167,7 @@ def test_a_plug_in_is_a_member_that_nobody_imported(monkeypatch):
     numbers: Registry = Registry("animal")
     numbers.register("pi", "math:pi", summary="round")
     assert numbers.names() == ("pi", "fraction")
-    assert numbers.describe()["fraction"] == "added by another package"
+    assert numbers.describe()["fraction"] == "added by a package"
     assert numbers.get("fraction").__name__ == "Fraction"
 
 
