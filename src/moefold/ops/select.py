@@ -1,0 +1,98 @@
+"""Selection with ties broken by index.
+
+Shapes: `groups members experts` as a router sees its scores; `count` is how many to take along one
+dim, one number for all or one per group.
+
+`torch.topk` leaves the order of equal values open. Here the *value* of the last one taken is found
+first, which is well defined, and then the lowest indices that reach it are taken.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+Count = int | Int[Tensor, " groups"]
+
+
+def per_group(count: Int[Tensor, " groups"], like: Tensor) -> Tensor:
+    """`[groups]` to `[groups, 1, ...]`, to be broadcast against `like`."""
+    return count.reshape(-1, *(1 for _ in like.shape[1:]))
+
+
+def top(
+    scores: Float[Tensor, "groups *rest"],
+    count: Count,
+    dim: int,
+    valid: Bool[Tensor, "groups *rest"] | None = None,
+) -> Bool[Tensor, "groups *rest"]:
+    """Mark the `count` largest scores along `dim`; the lowest index wins a tie.
+
+    Args:
+        scores: finite scores.
+        count: how many to take, one number or one for each group (the first dim of `scores`).
+        dim: the dim along which scores compete; not the first one.
+        valid: which scores take part, all if None. Never marks more than take part.
+    """
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
+    size = scores.shape[dim]
+    if isinstance(count, int):
+        if count <= 0 or size == 0:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        last = scores.topk(min(count, size), dim, sorted=False).values.amin(dim, keepdim=True)
+    else:
+        if size == 0:
+            return torch.zeros_like(scores, dtype=torch.bool)
+        count = per_group(count, scores)
+        ordered = torch.sort(scores, dim=dim, descending=True).values
+        shape = list(scores.shape)
+        shape[dim] = 1
+        last = ordered.gather(dim, (count - 1).clamp(0, size - 1).expand(shape))
+    above = scores > last
+    tied = scores == last
+    room = count - above.sum(dim, keepdim=True)
+    marked = above | (tied & (tied.cumsum(dim) <= room))
+    return marked if valid is None else marked & valid
+
+
+def rank(scores: Float[Tensor, "*rest experts"]) -> Int[Tensor, "*rest experts"]:
+    """Place of every score in its row, 0 for the largest; the lowest index wins a tie."""
+    order = torch.sort(scores, dim=-1, descending=True, stable=True).indices
+    places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
+    return torch.empty_like(order).scatter(-1, order, places)
+
+
+def within_capacity(
+    wanted: Bool[Tensor, "groups members experts"],
+    scores: Float[Tensor, "groups members experts"],
+    capacity: Count,
+    most_choices: int,
+    by_gate: bool,
+) -> Bool[Tensor, "groups members experts"]:
+    """Keep the wanted pairs that find room in their expert's buffer.
+
+    All first choices are placed before all second choices; inside one rank tokens are placed by
+    index, or by their best score if `by_gate` (Batch Prioritised Routing: Riquelme et al.,
+    *Scaling Vision with Sparse Mixture of Experts*, 2021, section 4.1).
+
+    Args:
+        wanted: the pairs asked for; at most `most_choices` for each token.
+        scores: what the choice was made by; it orders the choices of a token.
+        capacity: rows of one expert in one group.
+        most_choices: the most experts one token may ask for.
+        by_gate: place tokens by their best score instead of by index.
+    """
+    place = rank(scores.masked_fill(~wanted, -torch.inf))
+    if by_gate:
+        best = scores.masked_fill(~wanted, -torch.inf).amax(-1)
+        order = torch.sort(best, dim=1, descending=True, stable=True).indices.unsqueeze(-1)
+        order = order.expand_as(place)
+        place, asked = place.gather(1, order), wanted.gather(1, order)
+    else:
+        order, asked = None, wanted
+    choices = torch.arange(most_choices, device=scores.device).reshape(1, -1, 1, 1)
+    arriving = (place.unsqueeze(1) == choices) & asked.unsqueeze(1)  # groups choices members experts
+    queue = arriving.flatten(1, 2)
+    room = capacity if isinstance(capacity, int) else per_group(capacity, queue)
+    kept = (queue & (queue.cumsum(1) <= room)).reshape(arriving.shape).any(1)
+    return kept if order is None else torch.zeros_like(kept).scatter(1, order, kept)

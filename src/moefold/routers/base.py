@@ -1,0 +1,200 @@
+"""What every router is: a module that turns tokens into a routing, and says how far it looks.
+
+Shapes: `batch tokens dim` in, a routing out. `mask` is True for real tokens.
+"""
+
+import abc
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moefold.routing import Group, Grouping, Routing
+
+Reach = Literal["token", "past", "group", "batch"]
+"""How far a router looks to route one token: at itself, at earlier tokens of its sequence, at all
+of its sequence, or beyond it."""
+
+
+class AbstractRouter(nn.Module, abc.ABC):
+    """Turns tokens into a routing.
+
+    To write a router, derive from this class, call `super().__init__(dim, num_experts)`, set
+    `reach`, and write `forward`. `moefold.testing.check_router` then runs the whole contract on it.
+
+    Attributes:
+        dim: width of a token.
+        num_experts: number of experts.
+        reach: how far the router looks, see `Reach`.
+        group: which tokens compete.
+        losses: auxiliary losses the router's authors train it with, name to coefficient.
+        site: name of the layer, used in errors.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        reach: Reach = "token",
+        group: Group = "sequence",
+        losses: Mapping[str, float] | None = None,
+    ) -> None:
+        super().__init__()
+        check_positive("dim", dim)
+        check_positive("num_experts", num_experts)
+        self.dim = dim
+        self.num_experts = num_experts
+        self.group: Group = group
+        self.reach: Reach = reach if reach == "token" or group == "sequence" else "batch"
+        self.losses = dict(losses or {})
+        self.site = "this layer"
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether no later token of its own sequence can change a token's routing.
+
+        Groups of one position see other sequences, but nothing that comes later.
+        """
+        return self.reach in ("token", "past") or self.group == "position"
+
+    @abc.abstractmethod
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        ids: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Routing:
+        """Route the tokens.
+
+        Args:
+            x: the tokens.
+            mask: True for real tokens; padding gets no row and counts nowhere. All real if None.
+            ids: token ids, for the routers that hash them.
+        """
+
+    def update(self, routings: Sequence[Routing]) -> None:
+        """Adapt what is not learnt by gradient (a bias, a threshold) to the routings of one step.
+
+        Called once for each optimiser step, by `record.update()`. Most routers have nothing to
+        adapt.
+        """
+
+    def check(self, x: Tensor, mask: Tensor | None) -> None:
+        """Refuse input of the wrong kind, naming the layer.
+
+        Raises:
+            ValueError: wrong rank, width or dtype of `x`; wrong shape or dtype of `mask`.
+        """
+        if not x.is_floating_point():
+            raise ValueError(
+                f"{self.site}: x has dtype {x.dtype}; a router needs floating point. "
+                "Pass hidden states (for token ids, embed them first)."
+            )
+        if x.ndim != 3:
+            raise ValueError(
+                f"{self.site}: x has shape {tuple(x.shape)}, rank {x.ndim}; a router needs "
+                "[batch, tokens, dim]. Add or flatten dims."
+            )
+        if x.shape[2] != self.dim:
+            raise ValueError(
+                f"{self.site}: x has width {x.shape[2]}, the router was built for dim={self.dim}. "
+                "Build it with the width of the hidden states."
+            )
+        if mask is None:
+            return
+        if mask.shape != x.shape[:2]:
+            raise ValueError(
+                f"{self.site}: mask has shape {tuple(mask.shape)}, but x has [batch, tokens] = "
+                f"{tuple(x.shape[:2])}. Pass one value for each token."
+            )
+        if mask.dtype != torch.bool:
+            raise ValueError(
+                f"{self.site}: mask has dtype {mask.dtype}; it must be bool, True for real tokens. "
+                "For an attention mask of ones and zeros pass mask.bool()."
+            )
+
+    def check_finite(self, logits: Tensor, mask: Tensor | None) -> None:
+        """Refuse NaN or infinite logits of real tokens, naming the layer.
+
+        On a GPU and in a compiled graph the check does not wait for the device: it fails there,
+        as a RuntimeError with the same text, when the device comes to it.
+
+        Raises:
+            ValueError: a logit is NaN or infinite.
+        """
+        finite = torch.isfinite(logits)
+        if mask is not None:
+            finite = finite | ~mask.unsqueeze(-1)
+        message = (
+            f"{self.site}: router logits are NaN or infinite. Look at the hidden states that enter "
+            "this layer (learning rate, overflow in half precision) before routing them."
+        )
+        if torch.compiler.is_compiling() or logits.is_cuda:
+            torch._assert_async(finite.all(), message)
+        elif not finite.all():
+            raise ValueError(message)
+
+
+def check_positive(name: str, value: float, *, integer: bool = True) -> None:
+    """Refuse a setting that is not a positive (whole) number.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+    kind = int if integer else (int, float)
+    if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
+        what = "a positive whole number" if integer else "a positive number"
+        raise ValueError(f"{name} is {value!r}; it must be {what}.")
+
+
+def check_at_least_zero(name: str, value: float) -> None:
+    """Refuse a negative setting.
+
+    Raises:
+        ValueError: names the setting, the value and what is allowed.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise ValueError(f"{name} is {value!r}; it must be zero or more.")
+
+
+def check_k(k: int, num_experts: int) -> None:
+    """Refuse more experts for a token than there are.
+
+    Raises:
+        ValueError: names k, the number of experts and what to do.
+    """
+    check_positive("k", k)
+    if k > num_experts:
+        raise ValueError(
+            f"k is {k}, but there are only {num_experts} experts; use k <= {num_experts} or more "
+            "experts."
+        )
+
+
+def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
+    """Refuse a setting outside a short list.
+
+    Raises:
+        ValueError: names the setting, the value and the list.
+    """
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+
+
+def sees_as_groups(
+    x: Tensor, mask: Tensor | None, group: Group
+) -> tuple[Grouping, Bool[Tensor, "groups members"] | None]:
+    """How a batch falls into groups, and which of their members are real tokens."""
+    grouping = Grouping(group, x.shape[0], x.shape[1])
+    return grouping, None if mask is None else grouping.split(mask)
+
+
+def float32_or_better(tensor: Tensor) -> Tensor:
+    """Half precision to float32; float32 and float64 as they are.
+
+    Rounding scores to half precision before a choice changes which experts are chosen.
+    """
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

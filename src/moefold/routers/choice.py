@@ -1,0 +1,274 @@
+"""Choices: who picks whom. The second of the three choices that make a sparse router.
+
+Shapes: scores `[groups, members, experts]` in, a boolean matrix of the same shape out. `valid` marks
+the real tokens; padding is never chosen. Ties go to the lowest index.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple, Protocol
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from moefold.ops.select import rank, top, within_capacity
+from moefold.ops.transport import assign_balanced
+from moefold.routers.base import Reach, check_at_least_zero, check_k, check_one_of, check_positive
+from moefold.routers.capacity import Capacity
+
+Scores = Float[Tensor, "groups members experts"]
+Valid = Bool[Tensor, "groups members"] | None
+
+
+class Picked(NamedTuple):
+    """What a choice returns.
+
+    Attributes:
+        chosen: the pairs that get a row.
+        wanted: the pairs asked for, where capacity turned some away; None otherwise.
+        most_rows: the most rows there can be in all groups together, whatever the scores are.
+    """
+
+    chosen: Bool[Tensor, "groups members experts"]
+    wanted: Bool[Tensor, "groups members experts"] | None
+    most_rows: int
+
+
+class Choice(Protocol):
+    """Picks pairs by their scores."""
+
+    @property
+    def reach(self) -> Reach: ...
+
+    def check(self, num_experts: int) -> None:
+        """Refuse settings that do not fit the number of experts."""
+        ...
+
+    def __call__(self, scores: Scores, valid: Valid, training: bool) -> Picked: ...
+
+
+def _spread(valid: Valid, scores: Tensor) -> Tensor | None:
+    return None if valid is None else valid.unsqueeze(-1).expand_as(scores)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopExperts:
+    """Each token takes its `k` best experts, as far as their buffers have room (token choice).
+
+    Attributes:
+        k: experts of one token.
+        capacity: rows of one expert in one group; unlimited by default (dropless).
+        priority: who finds room first among the first choices, then among the second, and so on:
+            by `order` of the tokens, or by their best `gate` (Batch Prioritised Routing).
+        expert_groups: experts lie in so many groups, and a token takes experts from its
+            `top_groups` best only, a group being judged by the sum of its two best scores
+            (DeepSeek-V3, 2024, section 2.1.2).
+        top_groups: see `expert_groups`.
+    """
+
+    k: int = 2
+    capacity: Capacity = Capacity()
+    priority: Literal["order", "gate"] = "order"
+    expert_groups: int = 1
+    top_groups: int = 1
+
+    def __post_init__(self) -> None:
+        check_positive("k", self.k)
+        check_one_of("priority", self.priority, ("order", "gate"))
+        check_positive("expert_groups", self.expert_groups)
+        check_positive("top_groups", self.top_groups)
+
+    @property
+    def reach(self) -> Reach:
+        if self.capacity.is_unlimited:
+            return "token"
+        # Room by arrival depends on the past only, if the room itself is a fixed number.
+        by_arrival = self.k == 1 and self.priority == "order" and self.capacity.rows is not None
+        return "past" if by_arrival else "group"
+
+    def check(self, num_experts: int) -> None:
+        check_k(self.k, num_experts)
+        if num_experts % self.expert_groups:
+            raise ValueError(
+                f"expert_groups is {self.expert_groups}, which does not divide {num_experts} experts."
+            )
+        if self.top_groups > self.expert_groups:
+            raise ValueError(
+                f"top_groups is {self.top_groups}, but there are only {self.expert_groups} "
+                "expert_groups."
+            )
+        reachable = num_experts // self.expert_groups * self.top_groups
+        if self.k > reachable:
+            raise ValueError(
+                f"k is {self.k}, but top_groups={self.top_groups} leaves a token only {reachable} "
+                "experts; raise top_groups or lower k."
+            )
+
+    def __call__(self, scores: Scores, valid: Valid, training: bool) -> Picked:
+        groups, members, experts = scores.shape
+        real = _spread(valid, scores)
+        open_to = self._best_groups(scores)
+        if open_to is not None:
+            real = open_to if real is None else real & open_to
+        wanted = top(scores, self.k, -1, real)
+        most = groups * members * self.k
+        if self.capacity.is_unlimited:
+            return Picked(wanted, None, most)
+        if valid is None:
+            rows = self.capacity.of(members, self.k, experts)
+        else:
+            rows = self.capacity.of_groups(valid.sum(1), self.k, experts)
+        kept = within_capacity(wanted, scores, rows, self.k, self.priority == "gate")
+        return Picked(kept, wanted, most)
+
+    def _best_groups(self, scores: Tensor) -> Tensor | None:
+        if self.top_groups == self.expert_groups:
+            return None
+        grouped = scores.unflatten(-1, (self.expert_groups, -1))
+        of_group = grouped.topk(min(2, grouped.shape[-1]), -1).values.sum(-1)
+        best = top(of_group, self.top_groups, -1)
+        return best.unsqueeze(-1).expand_as(grouped).flatten(-2)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopTokens:
+    """Each expert takes its best tokens, as many as its capacity (expert choice).
+
+    Attributes:
+        capacity: rows of one expert in one group. Every expert fills it: loads are equal.
+        only_positive: leave rows empty rather than take a token with a score of zero.
+    """
+
+    capacity: Capacity = Capacity(factor=2.0)
+    only_positive: bool = False
+    reach: Reach = field(default="group", init=False)
+
+    def __post_init__(self) -> None:
+        if self.capacity.is_unlimited:
+            raise ValueError(
+                "capacity and capacity_factor are both None; where experts choose tokens one of "
+                "them must say how many, for instance capacity_factor=2.0."
+            )
+
+    def check(self, num_experts: int) -> None:
+        pass
+
+    def __call__(self, scores: Scores, valid: Valid, training: bool) -> Picked:
+        groups, members, experts = scores.shape
+        most = self.capacity.of(members, 1, experts)
+        rows = most if valid is None else self.capacity.of_groups(valid.sum(1), 1, experts)
+        chosen = top(scores, rows, 1, _spread(valid, scores))
+        if self.only_positive:
+            chosen = chosen & (scores > 0)
+        return Picked(chosen, None, groups * experts * most)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TopPairs:
+    """Each group takes its best (token, expert) pairs (USMoE's unified competition).
+
+    The group's budget is `floor(budget * real tokens + 1/2)` pairs, so a fractional budget is an
+    average. Bounds on the experts of one token make it SeqTopK: the minimum is taken first, the
+    rest by score, which is exact (the bounds form a laminar matroid).
+
+    Attributes:
+        budget: pairs for each real token, on average; need not be whole.
+        min_experts: every token takes at least so many.
+        max_experts: no token takes more, None for no bound.
+    """
+
+    budget: float = 2.0
+    min_experts: int = 0
+    max_experts: int | None = None
+    reach: Reach = field(default="group", init=False)
+
+    def __post_init__(self) -> None:
+        check_positive("budget", self.budget, integer=False)
+        check_at_least_zero("min_experts", self.min_experts)
+        if self.max_experts is not None:
+            check_positive("max_experts", self.max_experts)
+        if self.min_experts > self.budget:
+            raise ValueError(
+                f"min_experts is {self.min_experts}, more than the budget of {self.budget} experts "
+                "a token; raise budget or lower min_experts."
+            )
+        if self.max_experts is not None and self.max_experts < self.budget:
+            raise ValueError(
+                f"max_experts is {self.max_experts}, less than the budget of {self.budget} experts "
+                "a token; raise max_experts or lower budget."
+            )
+
+    def check(self, num_experts: int) -> None:
+        if self.budget > num_experts:
+            raise ValueError(
+                f"budget is {self.budget} experts a token, but there are only {num_experts} "
+                f"experts; use a budget of at most {num_experts}."
+            )
+
+    def __call__(self, scores: Scores, valid: Valid, training: bool) -> Picked:
+        groups, members, experts = scores.shape
+        open_to = _spread(valid, scores)
+        contest = scores
+        if self.min_experts or self.max_experts is not None:
+            place = rank(scores)
+            if self.max_experts is not None:
+                allowed = place < self.max_experts
+                open_to = allowed if open_to is None else open_to & allowed
+            contest = scores.masked_fill(place < self.min_experts, torch.inf)
+        most = self.pairs(members, experts)
+        count = most if valid is None else self._pairs_of_groups(valid.sum(1), experts)
+        open_flat = None if open_to is None else open_to.flatten(1)
+        chosen = top(contest.flatten(1), count, 1, open_flat).reshape(scores.shape)
+        return Picked(chosen, None, groups * most)
+
+    def pairs(self, tokens: int, experts: int) -> int:
+        """Budget of a group of so many real tokens; halves are rounded up."""
+        return min(math.floor(self.budget * tokens + 0.5), tokens * experts)
+
+    def _pairs_of_groups(self, tokens: Tensor, experts: int) -> Tensor:
+        pairs = torch.floor(tokens.double() * self.budget + 0.5).long()
+        return torch.minimum(pairs, tokens * experts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Above:
+    """Every pair whose score is larger than `threshold`; a token may take none or all experts."""
+
+    threshold: float = 0.0
+    reach: Reach = field(default="token", init=False)
+
+    def check(self, num_experts: int) -> None:
+        pass
+
+    def __call__(self, scores: Scores, valid: Valid, training: bool) -> Picked:
+        chosen = scores > self.threshold
+        if valid is not None:
+            chosen = chosen & valid.unsqueeze(-1)
+        return Picked(chosen, None, scores.numel())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balanced:
+    """One expert a token, all experts equally loaded, in training; the best expert otherwise.
+
+    Source: Lewis et al., *BASE Layers*, 2021.
+    """
+
+    reach: Reach = field(default="group", init=False)
+
+    def check(self, num_experts: int) -> None:
+        pass
+
+    def __call__(self, scores: Scores, valid: Valid, training: bool) -> Picked:
+        most = scores.shape[0] * scores.shape[1]
+        if not training:
+            return Picked(top(scores, 1, -1, _spread(valid, scores)), None, most)
+        if torch.compiler.is_compiling():
+            raise ValueError(
+                "balanced assignment is solved on the host and cannot be compiled for training; "
+                "compile the model in eval mode, or train it in eager mode."
+            )
+        return Picked(assign_balanced(scores, valid), None, most)
+
+

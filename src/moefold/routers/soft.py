@@ -1,0 +1,97 @@
+"""The soft router: nobody chooses, every slot mixes tokens and every token mixes slots.
+
+Shapes: `groups members dim` tokens, `experts slots` rows for each group.
+
+Puigcerver et al., *From Sparse to Soft Mixtures of Experts*, 2024, section 2.1 and algorithm 2.
+"""
+
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moefold.routers.base import (
+    AbstractRouter,
+    check_at_least_zero,
+    check_positive,
+    float32_or_better,
+    sees_as_groups,
+)
+from moefold.routers.score import softmax_over_tokens
+from moefold.routing import Group, Routing, SoftRouting
+
+_EPSILON = 1e-6
+
+
+def l2_normalize(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
+    """`x / sqrt(sum x^2 + 1e-6)`, the form of the released code; smooth at zero."""
+    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + _EPSILON)
+
+
+@final
+class SoftRouter(AbstractRouter):
+    """Soft mixture: logits are cosines of tokens and slots, times a learnt scale.
+
+    The normalised tokens make the logits only; what is mixed into the slots are the tokens as they
+    came.
+
+    Attributes:
+        phi: `[dim, experts, slots]`, one direction for each slot.
+        scale: sharpness of both softmaxes, 1 at the start.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_experts: int,
+        *,
+        slots: int = 1,
+        noise_std: float = 0.0,
+        group: Group = "sequence",
+    ) -> None:
+        super().__init__(dim, num_experts, reach="group", group=group)
+        check_positive("slots", slots)
+        check_at_least_zero("noise_std", noise_std)
+        self.slots = slots
+        self.noise_std = noise_std
+        self.phi = nn.Parameter(torch.empty(dim, num_experts, slots))
+        self.scale = nn.Parameter(torch.empty(()))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun normal directions (their length does not matter), a scale of 1."""
+        nn.init.normal_(self.phi, std=self.dim**-0.5)
+        nn.init.ones_(self.scale)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        ids: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Routing:
+        """Route the tokens; see `AbstractRouter.forward`."""
+        self.check(x, mask)
+        grouping, valid = sees_as_groups(x, mask, self.group)
+        with torch.autocast(x.device.type, enabled=False):
+            tokens = float32_or_better(x)
+            if mask is not None:
+                # Padding may hold NaN, and zero times NaN would reach the router's gradient.
+                tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
+            tokens = grouping.split(tokens)
+            phi = self.scale.to(tokens.dtype) * l2_normalize(self.phi.to(tokens.dtype), 0)
+            logits = torch.einsum("gmd,des->gmes", l2_normalize(tokens, -1), phi)
+            self.check_finite(logits.flatten(1), None)
+            if self.noise_std and self.training:
+                logits = logits + torch.randn_like(logits) * self.noise_std
+            combine = logits.flatten(2).softmax(-1).reshape(logits.shape)
+            if valid is not None:
+                combine = combine * valid[:, :, None, None]
+            dispatch = softmax_over_tokens(logits, valid)
+        return SoftRouting(
+            dispatch_weight=dispatch,
+            combine_weight=combine,
+            grouping=grouping,
+            mask=mask,
+            logits=logits,
+        )

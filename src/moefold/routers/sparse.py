@@ -1,0 +1,197 @@
+"""The sparse router: three choices, and the logits they start from.
+
+    x --logits--> [experts] --score--> what competes --choice--> pairs --weight--> a sparse routing
+
+Shapes: `batch tokens dim` in; inside, `groups members experts`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moefold.routers.adapt import Adapt
+from moefold.routers.base import (
+    AbstractRouter,
+    Reach,
+    check_at_least_zero,
+    check_positive,
+    float32_or_better,
+    sees_as_groups,
+)
+from moefold.routers.choice import Choice, TopExperts
+from moefold.routers.score import Score, Softmax
+from moefold.routers.weight import Weight
+from moefold.routing import Group, Routing, SparseRouting
+
+_FURTHER = ("token", "past", "group", "batch")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cosine:
+    """Logits as cosines in a narrow space, divided by a learnt temperature (XMoE).
+
+    Source: Chi et al., *On the Representation Collapse of Sparse Mixture of Experts*, 2022,
+    section 3.2. Both the token and the expert are normalised, as in the paper; the released code of
+    torchscale leaves the token as it is.
+    """
+
+    width: int = 16
+    temperature: float = 0.3
+
+    def __post_init__(self) -> None:
+        check_positive("width", self.width)
+        check_positive("temperature", self.temperature, integer=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A sparse router as data: score x choice x weight, and what surrounds them.
+
+    Attributes:
+        score: what competes.
+        choice: who picks whom.
+        weight: how much of an expert's result comes back.
+        cosine: cosine logits instead of linear ones.
+        adapt: what is learnt without gradient.
+        noise_std: in training, noise of standard deviation `noise_std / experts` on the logits
+            (Riquelme et al., 2021).
+        jitter: in training, the router's input is multiplied by a uniform number from
+            `[1 - jitter, 1 + jitter]` (Fedus et al., *Switch Transformers*, 2022).
+        group: which tokens compete.
+        losses: auxiliary losses that belong to the recipe, name to coefficient.
+    """
+
+    score: Score = Softmax()
+    choice: Choice = TopExperts()
+    weight: Weight = Weight()
+    cosine: Cosine | None = None
+    adapt: Adapt | None = None
+    noise_std: float = 0.0
+    jitter: float = 0.0
+    group: Group = "sequence"
+    losses: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_at_least_zero("noise_std", self.noise_std)
+        check_at_least_zero("jitter", self.jitter)
+        if self.jitter >= 1:
+            raise ValueError(f"jitter is {self.jitter!r}; it must be smaller than 1.")
+
+    @property
+    def reach(self) -> Reach:
+        """How far the recipe looks within a group: as far as its score or its choice does."""
+        return max(self.score.reach, self.choice.reach, key=_FURTHER.index)
+
+
+@final
+class SparseRouter(AbstractRouter):
+    """Routes by a recipe.
+
+    Attributes:
+        weight: `[experts, dim]`, or `[experts, width]` for cosine logits; no bias.
+        state: what `recipe.adapt` learns, None without it.
+    """
+
+    def __init__(self, dim: int, num_experts: int, recipe: Recipe) -> None:
+        super().__init__(
+            dim, num_experts, reach=recipe.reach, group=recipe.group, losses=recipe.losses
+        )
+        recipe.choice.check(num_experts)
+        self.recipe = recipe
+        cosine = recipe.cosine
+        self.weight = nn.Parameter(torch.empty(num_experts, dim if cosine is None else cosine.width))
+        if cosine is not None:
+            self.projection = nn.Parameter(torch.empty(cosine.width, dim))
+            self.temperature = nn.Parameter(torch.empty(()))
+        adapt = recipe.adapt
+        self.state: Tensor | None
+        self.register_buffer("state", None if adapt is None else adapt.initial(num_experts).float())
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """LeCun normal, as V-MoE; orthogonal of gain 0.32 for the experts of cosine logits."""
+        if self.recipe.cosine is None:
+            nn.init.normal_(self.weight, std=self.dim**-0.5)
+        else:
+            nn.init.orthogonal_(self.weight, gain=0.32)
+            nn.init.normal_(self.projection, std=self.dim**-0.5)
+            nn.init.constant_(self.temperature, self.recipe.cosine.temperature)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        ids: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Routing:
+        """Route the tokens; see `AbstractRouter.forward`."""
+        self.check(x, mask)
+        recipe = self.recipe
+        grouping, valid = sees_as_groups(x, mask, recipe.group)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = self._logits(x, mask)
+            self.check_finite(logits, mask)
+            noise_std = recipe.noise_std / self.num_experts if self.training else 0.0
+            noisy = logits + torch.randn_like(logits) * noise_std if noise_std else logits
+
+            clean, scored = grouping.split(logits), grouping.split(noisy)
+            scores = recipe.score(scored, valid)
+            contest = scores.detach()
+            if recipe.adapt is not None and self.state is not None:
+                contest = recipe.adapt.shift(contest, self.state)
+            chosen, wanted, most_rows = recipe.choice(contest, valid, self.training)
+            weights = recipe.weight(scores, scored, clean, chosen)
+        return SparseRouting.from_choice(
+            grouping.merge(chosen),
+            grouping.merge(weights),
+            most_rows=most_rows,
+            grouping=grouping,
+            mask=mask,
+            logits=logits,
+            noisy_logits=noisy if noise_std else None,
+            noise_std=noise_std,
+            scores=grouping.merge(scores),
+            wanted=None if wanted is None else grouping.merge(wanted),
+            l1_strength=self._l1_strength(),
+        )
+
+    def _logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        x = float32_or_better(x)
+        if mask is not None:
+            # Padding may hold NaN, and zero times NaN would reach the router's gradient.
+            x = x.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if self.recipe.jitter and self.training:
+            x = x * torch.empty_like(x).uniform_(1 - self.recipe.jitter, 1 + self.recipe.jitter)
+        weight = self.weight.to(x.dtype)
+        if self.recipe.cosine is None:
+            return nn.functional.linear(x, weight)
+        narrow = nn.functional.linear(x, self.projection.to(x.dtype))
+        cosine = nn.functional.normalize(narrow, dim=-1, eps=1e-6) @ (
+            nn.functional.normalize(weight, dim=-1, eps=1e-6).t()
+        )
+        return cosine / self.temperature.to(x.dtype).clamp_min(0.01)
+
+    def _l1_strength(self) -> Tensor | None:
+        if self.recipe.adapt is None or self.state is None:
+            return None
+        return self.recipe.adapt.l1_strength(self.state)
+
+    @torch.no_grad()
+    def update(self, routings: Sequence[Routing]) -> None:
+        """Adapt the state to the routings of one optimiser step; see `routers.adapt`."""
+        if self.recipe.adapt is None or self.state is None or not routings:
+            return
+        sparse = [routing for routing in routings if isinstance(routing, SparseRouting)]
+        self.state.copy_(self.recipe.adapt.update(self.state, sparse))
+
+    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
+        # A bias that moves by 0.001 a step stands still in bfloat16: the state stays float32.
+        before = self.state
+        super()._apply(fn, recurse)
+        if before is not None and self.state is not None:
+            kept = self.state if before.is_meta or self.state.is_meta else before
+            self.state = kept.to(device=self.state.device, dtype=torch.float32)
+        return self
