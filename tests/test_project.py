@@ -1,4 +1,4 @@
-"""Claims about the project as a whole: its size, its words, the cost of importing it, its classes."""
+"""Claims about the whole project: its size, its words, the cost of importing it, its classes."""
 
 import ast
 import importlib
@@ -54,14 +54,16 @@ def functions_of(source: str) -> list[Function]:
 
 
 def has_shape_legend(source: str) -> bool:
-    """Say whether the module docstring spells a shape such as ``[batch, tokens, dim]``."""
-    return bool(
-        re.search(r"\[\w+(?:(?:, ?| )[\w*]+)*\]", ast.get_docstring(ast.parse(source)) or "")
-    )
+    """Say whether the module docstring has a line ``Shapes: `batch tokens dim` ...``."""
+    legend = re.compile(r"^Shapes: .*[`\[]\w+", re.MULTILINE)
+    return bool(legend.search(ast.get_docstring(ast.parse(source)) or ""))
 
 
 SAMPLE = '''
-"""Words about x [batch, tokens, dim]."""
+"""Words.
+
+Shapes: `batch tokens dim`.
+"""
 class Thing:
     def __init__(self, a: int, *, b, **rest: int) -> None:
         """Doc."""
@@ -76,9 +78,8 @@ def test_the_measures_below_see_what_is_there():
         Function("__init__", lines=3, parameters=3, untyped=("b",)),
     ]
     assert has_shape_legend(SAMPLE)
-    assert has_shape_legend('"""[rows]"""')
-    assert has_shape_legend('"""[rows dim]"""')
-    assert not has_shape_legend('"""No shape."""\nx = [a, b]')
+    assert not has_shape_legend('"""Shapes: none."""')
+    assert not has_shape_legend('"""Words about `rows dim`."""')
 
 
 def test_files_are_small():
