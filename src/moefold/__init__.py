@@ -2,4 +2,73 @@
 
 One idea carries the library: a router returns a *routing*, two linear maps, tokens to rows and rows
 to tokens. Experts only ever see rows.
+
+    moefold.MoEConfig(num_experts=8, router="expert-choice").build(dim=384)    a layer
+    moefold.routers.names()                                                    every router
+    moefold.record_routing(model)                                              who chose whom
+    moefold.plan / upcycle / revert / save / load                              surgery on a model
 """
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from moefold import losses, metrics, routers, routing
+from moefold.experts import Experts
+from moefold.moe import MoE, MoEConfig, set_loss_scale
+from moefold.record import Record, record_routing
+
+if TYPE_CHECKING:
+    from moefold import testing
+    from moefold.surgery import (
+        Copies,
+        Plan,
+        UpcycleConfig,
+        load,
+        plan,
+        revert,
+        save,
+        upcycle,
+    )
+
+# Reached when first asked for: surgery and testing know other people's models.
+_LATER = {
+    "Copies": "moefold.surgery",
+    "Plan": "moefold.surgery",
+    "UpcycleConfig": "moefold.surgery",
+    "load": "moefold.surgery",
+    "plan": "moefold.surgery",
+    "revert": "moefold.surgery",
+    "save": "moefold.surgery",
+    "upcycle": "moefold.surgery",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(_LATER[name]), name)
+    if name == "testing":
+        return import_module("moefold.testing")
+    raise AttributeError(f"module 'moefold' has no attribute {name!r}")
+
+
+__all__ = [
+    "Copies",
+    "Experts",
+    "MoE",
+    "MoEConfig",
+    "Plan",
+    "Record",
+    "UpcycleConfig",
+    "load",
+    "losses",
+    "metrics",
+    "plan",
+    "record_routing",
+    "revert",
+    "routers",
+    "routing",
+    "save",
+    "set_loss_scale",
+    "testing",
+    "upcycle",
+]

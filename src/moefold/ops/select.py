@@ -20,11 +20,11 @@ def per_group(count: Int[Tensor, " groups"], like: Tensor) -> Tensor:
 
 
 def top(
-    scores: Float[Tensor, "groups *rest"],
+    scores: Float[Tensor, "groups ..."],
     count: Count,
     dim: int,
-    valid: Bool[Tensor, "groups *rest"] | None = None,
-) -> Bool[Tensor, "groups *rest"]:
+    valid: Bool[Tensor, "groups ..."] | None = None,
+) -> Bool[Tensor, "groups ..."]:
     """Mark the `count` largest scores along `dim`; the lowest index wins a tie.
 
     Args:
@@ -91,7 +91,9 @@ def within_capacity(
     else:
         order, asked = None, wanted
     choices = torch.arange(most_choices, device=scores.device).reshape(1, -1, 1, 1)
-    arriving = (place.unsqueeze(1) == choices) & asked.unsqueeze(1)  # groups choices members experts
+    arriving = (place.unsqueeze(1) == choices) & asked.unsqueeze(
+        1
+    )  # groups choices members experts
     queue = arriving.flatten(1, 2)
     room = capacity if isinstance(capacity, int) else per_group(capacity, queue)
     kept = (queue & (queue.cumsum(1) <= room)).reshape(arriving.shape).any(1)

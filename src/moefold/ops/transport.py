@@ -15,7 +15,7 @@ from moefold.ops.select import Count, top
 
 
 def _mass(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Which tokens take part, `[groups, members, 1]`, and the share of each expert, `[groups, 1, 1]`."""
+    """Which tokens take part `[groups, members, 1]`, and each expert's share `[groups, 1, 1]`."""
     groups, members, experts = scores.shape
     if valid is None:
         valid = scores.new_ones(groups, members, dtype=torch.bool)
@@ -34,8 +34,8 @@ def sinkhorn(
 ) -> Float[Tensor, "groups members experts"]:
     """Entropic transport plan: rows sum to 1 exactly, columns to `b` approximately.
 
-    `argmin_P <P, -L> + epsilon <P, log P>` by Sinkhorn's iteration in the log domain. It ends on the
-    row update, so rows are exact and columns as close as `iterations` brings them.
+    `argmin_P <P, -L> + epsilon <P, log P>` by Sinkhorn's iteration in the log domain. It ends on
+    the row update, so rows are exact and columns as close as `iterations` brings them.
 
     Source: Liu et al., *Routers in Vision Mixture of Experts*, 2024; settings of the router
     `KLProjectionNoisyTopExpertsPerItemRouter` of google-research/vmoe.
@@ -89,9 +89,9 @@ def sparse_transport(
     exactly; rows do not sum to 1 after few iterations and need not: the plan is a selection that
     leaves few tokens out, not a feasible transport.
 
-    Source: Liu, Puigcerver, Blondel, *Sparsity-Constrained Optimal Transport*, 2023; settings of the
-    router `KSparseProjectionTransportTopItemsPerExpertRouter` of google-research/vmoe (Adam with
-    learning rate 1e-2, 20 iterations, gamma 1).
+    Source: Liu, Puigcerver, Blondel, *Sparsity-Constrained Optimal Transport*, 2023; settings of
+    the router `KSparseProjectionTransportTopItemsPerExpertRouter` of google-research/vmoe (Adam
+    with learning rate 1e-2, 20 iterations, gamma 1).
     """
     real, share = _mass(similarity, valid)
     similarity = similarity.masked_fill(~real, 0.0)
@@ -137,4 +137,3 @@ def assign_balanced(
         expert = torch.as_tensor(place // max(room, 1), device=scores.device)
         chosen[group, tokens[torch.as_tensor(token, device=scores.device)], expert] = True
     return chosen
-

@@ -53,7 +53,7 @@ for _name, _factory in {
 
 
 def register(name: str, factory: RouterFactory, *, summary: str) -> None:
-    """Add a router under a name; see `moefold.testing.check_router` for the contract it must keep."""
+    """Add a router under a name; `moefold.testing.check_router` runs the contract it must keep."""
     routers.register(name, factory, summary=summary)
 
 

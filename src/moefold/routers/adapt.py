@@ -1,8 +1,8 @@
 """What a router learns without gradient: a bias, a threshold, the strength of a penalty.
 
 Each rule owns one tensor, the router's `state` (a buffer, always float32). The forward pass only
-reads it. `update` computes the next one from the routings of an optimiser step; it is a function and
-changes nothing itself.
+reads it. `update` computes the next one from the routings of an optimiser step; it is a function
+and changes nothing itself.
 """
 
 from collections.abc import Sequence

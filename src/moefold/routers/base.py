@@ -133,7 +133,7 @@ class AbstractRouter(nn.Module, abc.ABC):
             "this layer (learning rate, overflow in half precision) before routing them."
         )
         if torch.compiler.is_compiling() or logits.is_cuda:
-            torch._assert_async(finite.all(), message)
+            torch._assert_async(finite.all(), message)  # pyright: ignore[reportPrivateImportUsage]
         elif not finite.all():
             raise ValueError(message)
 

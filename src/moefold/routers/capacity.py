@@ -73,7 +73,7 @@ class Capacity:
     def of_groups(
         self, tokens: Int[Tensor, " groups"], k: int, experts: int
     ) -> Int[Tensor, " groups"]:
-        """The same for every group, from the number of its real tokens, without leaving the device."""
+        """The same for every group, from its number of real tokens, without leaving the device."""
         if self.rows is not None:
             return tokens.clamp_max(self.rows)
         if self.factor is None:

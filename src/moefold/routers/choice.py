@@ -1,7 +1,7 @@
 """Choices: who picks whom. The second of the three choices that make a sparse router.
 
-Shapes: scores `[groups, members, experts]` in, a boolean matrix of the same shape out. `valid` marks
-the real tokens; padding is never chosen. Ties go to the lowest index.
+Shapes: scores `[groups, members, experts]` in, a boolean matrix of the same shape out. `valid`
+marks the real tokens; padding is never chosen. Ties go to the lowest index.
 """
 
 import math
@@ -91,7 +91,8 @@ class TopExperts:
         check_k(self.k, num_experts)
         if num_experts % self.expert_groups:
             raise ValueError(
-                f"expert_groups is {self.expert_groups}, which does not divide {num_experts} experts."
+                f"expert_groups is {self.expert_groups}, which does not divide {num_experts} "
+                "experts; use a divisor."
             )
         if self.top_groups > self.expert_groups:
             raise ValueError(
@@ -270,5 +271,3 @@ class Balanced:
                 "compile the model in eval mode, or train it in eager mode."
             )
         return Picked(assign_balanced(scores, valid), None, most)
-
-

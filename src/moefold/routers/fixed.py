@@ -21,8 +21,8 @@ class HashRouter(AbstractRouter):
     The hash is arithmetic (no table): the `k` experts of an id are `k` consecutive ones, from a
     start that a 32-bit mix of id and seed gives.
 
-    Source: Roller et al., *Hash Layers For Large Sparse Models*, 2021 (random hash); by position, as
-    some released code has it, is a setting.
+    Source: Roller et al., *Hash Layers For Large Sparse Models*, 2021 (random hash); by position,
+    as some released code has it, is a setting.
     """
 
     def __init__(
@@ -102,13 +102,11 @@ def _constant(chosen: Tensor, mask: Tensor | None, k: int, x: Tensor) -> SparseR
     )
     most = x.shape[0] * x.shape[1] * k
     grouping = Grouping("sequence", x.shape[0], x.shape[1])
-    return SparseRouting.from_choice(
-        chosen, weights, most_rows=most, grouping=grouping, mask=mask
-    )
+    return SparseRouting.from_choice(chosen, weights, most_rows=most, grouping=grouping, mask=mask)
 
 
 def _mix(ids: Tensor, seed: int) -> Tensor:
-    """Scatter 32-bit integers, so that neighbouring ids have unrelated starts (MurmurHash3's finaliser)."""
+    """Scatter 32-bit integers: neighbouring ids get unrelated starts (MurmurHash3's finaliser)."""
     h = (ids.long() + seed * 0x9E3779B9) & 0xFFFFFFFF
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF

@@ -140,7 +140,7 @@ class SparseTransport:
         check_positive("gamma", self.gamma, integer=False)
 
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
-        groups, members, experts = logits.shape
+        _, members, experts = logits.shape
         if valid is None:
             rows = self.capacity.of(members, 1, experts)
         else:

@@ -27,7 +27,7 @@ from moefold.routers.score import Score, Softmax
 from moefold.routers.weight import Weight
 from moefold.routing import Group, Routing, SparseRouting
 
-_FURTHER = ("token", "past", "group", "batch")
+_FURTHER: tuple[Reach, ...] = ("token", "past", "group", "batch")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +84,7 @@ class Recipe:
     @property
     def reach(self) -> Reach:
         """How far the recipe looks within a group: as far as its score or its choice does."""
-        return max(self.score.reach, self.choice.reach, key=_FURTHER.index)
+        return _FURTHER[max(map(_FURTHER.index, (self.score.reach, self.choice.reach)))]
 
 
 @final
@@ -103,7 +103,9 @@ class SparseRouter(AbstractRouter):
         recipe.choice.check(num_experts)
         self.recipe = recipe
         cosine = recipe.cosine
-        self.weight = nn.Parameter(torch.empty(num_experts, dim if cosine is None else cosine.width))
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, dim if cosine is None else cosine.width)
+        )
         if cosine is not None:
             self.projection = nn.Parameter(torch.empty(cosine.width, dim))
             self.temperature = nn.Parameter(torch.empty(()))
@@ -187,7 +189,7 @@ class SparseRouter(AbstractRouter):
         sparse = [routing for routing in routings if isinstance(routing, SparseRouting)]
         self.state.copy_(self.recipe.adapt.update(self.state, sparse))
 
-    def _apply(self, fn, recurse=True):  # noqa: ANN001, ANN202 - torch's own signature
+    def _apply(self, fn, recurse=True):
         # A bias that moves by 0.001 a step stands still in bfloat16: the state stays float32.
         before = self.state
         super()._apply(fn, recurse)

@@ -4,7 +4,6 @@ Every function here takes `dim` and `num_experts` and the settings of its router
 and returns the module. The settings are spelt alike everywhere.
 """
 
-from collections.abc import Callable
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -12,7 +11,15 @@ from moefold.routers.adapt import AdaptiveL1, BiasBalance, RunningThreshold
 from moefold.routers.base import check_k, check_one_of
 from moefold.routers.capacity import Capacity, Convention
 from moefold.routers.choice import Above, Balanced, TopExperts, TopPairs, TopTokens
-from moefold.routers.score import Identity, Relu, Sigmoid, Sinkhorn, Softmax, SparseTransport, Unified
+from moefold.routers.score import (
+    Identity,
+    Relu,
+    Sigmoid,
+    Sinkhorn,
+    Softmax,
+    SparseTransport,
+    Unified,
+)
 from moefold.routers.sparse import Cosine, Recipe, SparseRouter
 from moefold.routers.weight import Weight
 from moefold.routing import Group
@@ -117,7 +124,7 @@ def expert_choice(
     noise_std: float = 0.0,
     group: Group = "sequence",
 ) -> SparseRouter:
-    """Softmax over experts; each expert takes its best tokens (Zhou et al. 2022), factor 2 by default."""
+    """Softmax over experts; each expert takes its best tokens (Zhou et al. 2022)."""
     return SparseRouter(
         dim,
         num_experts,
@@ -143,7 +150,7 @@ def sinkhorn_expert_choice(
     noise_std: float = 0.0,
     group: Group = "sequence",
 ) -> SparseRouter:
-    """Entropic transport plan; each expert takes the best tokens of its column, weighed by a softmax."""
+    """Entropic transport plan; each expert takes the best tokens of its column (softmax weights)."""
     return SparseRouter(
         dim,
         num_experts,
@@ -170,7 +177,7 @@ def sparse_transport_expert_choice(
     renormalize: bool = False,
     group: Group = "sequence",
 ) -> SparseRouter:
-    """k-sparse transport plan; each expert takes the non-zeros of its column, weighed by a softmax."""
+    """k-sparse transport plan; each expert takes the non-zeros of its column (softmax weights)."""
     room = _expert_room(capacity, capacity_factor, convention)
     return SparseRouter(
         dim,
@@ -318,7 +325,7 @@ def threshold(
     momentum: float = 0.99,
     renormalize: bool = False,
 ) -> SparseRouter:
-    """Every pair whose unified score is above a running threshold: causal, meets its budget on average."""
+    """Every pair whose unified score is above a running threshold that follows the budget; causal."""
     TopPairs(budget=budget).check(num_experts)
     return SparseRouter(
         dim,
@@ -333,17 +340,15 @@ def threshold(
 
 
 def base(dim: int, num_experts: int, *, group: Group = "sequence") -> SparseRouter:
-    """Balanced assignment in training, the best expert otherwise, weighed by a sigmoid (BASE 2021)."""
+    """Balanced assignment in training, the best expert otherwise; sigmoid weights (BASE 2021)."""
     return SparseRouter(
         dim,
         num_experts,
-        Recipe(
-            score=Identity(), choice=Balanced(), weight=Weight(source="sigmoid"), group=group
-        ),
+        Recipe(score=Identity(), choice=Balanced(), weight=Weight(source="sigmoid"), group=group),
     )
 
 
-_SCORES: dict[str, Callable[..., Any]] = {
+_SCORES: dict[str, type] = {
     "softmax": Softmax,
     "sigmoid": Sigmoid,
     "relu": Relu,
@@ -352,7 +357,7 @@ _SCORES: dict[str, Callable[..., Any]] = {
     "sinkhorn": Sinkhorn,
     "sparse-transport": SparseTransport,
 }
-_CHOICES: dict[str, Callable[..., Any]] = {
+_CHOICES: dict[str, type] = {
     "top-experts": TopExperts,
     "top-tokens": TopTokens,
     "top-pairs": TopPairs,
@@ -377,7 +382,7 @@ def custom(
     group: Group = "sequence",
     **settings: Any,
 ) -> SparseRouter:
-    """Any score x choice x weight; further settings go to the score or the choice that knows them."""
+    """Any score x choice x weight; other settings go to the score or choice that knows them."""
     check_one_of("score", score, tuple(_SCORES))
     check_one_of("choice", choice, tuple(_CHOICES))
     if capacity is not None or capacity_factor is not None:
@@ -392,7 +397,8 @@ def custom(
     strangers = sorted(set(settings) - known)
     if strangers:
         raise ValueError(
-            f"custom router: {score} x {choice} knows no setting {', '.join(map(repr, strangers))}; "
+            f"custom router: {score} x {choice} knows no setting "
+            f"{', '.join(map(repr, strangers))}; "
             f"it knows {', '.join(sorted(known))}."
         )
     return SparseRouter(

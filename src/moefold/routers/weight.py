@@ -1,7 +1,7 @@
 """Weights: how much of an expert's result comes back. The third of the three choices.
 
-Shapes: everything is `[groups, members, experts]`. The router learns through its weights only: which
-pairs are chosen has no gradient.
+Shapes: everything is `[groups, members, experts]`. The router learns through its weights only:
+which pairs are chosen has no gradient.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Which tokens compete or mix with each other.
 
-Shapes: tensors arrive as `[batch, tokens, ...]` and are seen by a router as `[groups, members, ...]`.
+Shapes: tensors arrive as `[batch, tokens, ...]`; a router sees them as `[groups, members, ...]`.
 
     "sequence"   one group per sequence                       groups = batch, members = tokens
     "batch"      one group of everything                      groups = 1

@@ -63,7 +63,9 @@ class SoftRouting:
         if self.mask is not None:
             # A padding token may hold anything; zero times infinity would not be zero.
             x = torch.where(self.mask.unsqueeze(-1), x, torch.zeros_like(x))
-        rows = torch.einsum("gmes,gmd->egsd", self.dispatch_weight.to(x.dtype), self.grouping.split(x))
+        rows = torch.einsum(
+            "gmes,gmd->egsd", self.dispatch_weight.to(x.dtype), self.grouping.split(x)
+        )
         return rows.reshape(-1, x.shape[-1])
 
     def combine(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "batch tokens dim"]:

@@ -32,7 +32,7 @@ class SparseRouting:
 
     Attributes:
         token_of_row: flat token of every row.
-        weight_of_row: combine weight of every row, float32 or better; carries the router's gradient.
+        weight_of_row: combine weight of every row, float32 or better; has the router's gradient.
         rows_per_expert: int64; rows of expert 0 come first, then those of expert 1, and so on.
         grouping: which tokens competed, and the shape of the input.
         mask: True for real tokens, None if all are.

@@ -1,0 +1,187 @@
+"""The layer: a router makes a routing, experts see rows.
+
+    routing = router(x);  y = routing.combine(experts(routing.dispatch(x)))
+
+Shapes: `batch tokens dim` in and out (or `tokens dim`, one sequence).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self, final
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from moefold.experts import Experts
+from moefold.losses import losses as known_losses
+from moefold.ops.ride import ride
+from moefold.record import AbstractRouted
+from moefold.routers import RouterConfig
+from moefold.routers.base import check_at_least_zero, check_positive
+from moefold.routing import Routing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MoEConfig:
+    """A mixture-of-experts layer as data.
+
+    Attributes:
+        num_experts: number of experts.
+        expert_width: hidden width of one expert; None for the host's, or `4 * dim` without a host.
+        router: a router's configuration, or its name for the default settings.
+        gated: gated experts (SwiGLU and its kin) instead of plain ones.
+        bias: whether experts have biases.
+        activation: name of the activation.
+        shared_width: width of an expert every token passes in any case; 0 for none.
+        backend: how experts are computed, "auto" for the first that can run.
+        losses: auxiliary losses that ride on the output in training, name to coefficient; None for
+            those the router's authors use.
+
+    Raises:
+        ValueError: a value is out of range, or a loss unknown.
+    """
+
+    num_experts: int = 8
+    expert_width: int | None = None
+    router: RouterConfig = RouterConfig("token-choice", {"k": 2, "renormalize": True})
+    gated: bool = False
+    bias: bool = False
+    activation: str = "gelu"
+    shared_width: int = 0
+    backend: str = "auto"
+    losses: Mapping[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.router, str):
+            object.__setattr__(self, "router", RouterConfig(self.router))
+        check_positive("num_experts", self.num_experts)
+        if self.expert_width is not None:
+            check_positive("expert_width", self.expert_width)
+        check_at_least_zero("shared_width", self.shared_width)
+        for name in self.losses or {}:
+            known_losses.get(name)
+
+    def build(self, dim: int, *, causal: bool = False, site: str = "") -> "MoE":
+        """Make the layer.
+
+        Args:
+            dim: width of a token.
+            causal: refuse a router by which a later token could change an earlier one.
+            site: name of the layer, used in errors.
+        """
+        router = self.router.build(dim, self.num_experts, causal=causal)
+        kind = {"gated": self.gated, "bias": self.bias, "activation": self.activation}
+        experts = Experts(self.num_experts, dim, self.expert_width or 4 * dim, **kind)
+        shared = Experts(1, dim, self.shared_width, **kind) if self.shared_width else None
+        own = router.losses if self.losses is None else self.losses
+        return MoE(router, experts, shared=shared, losses=own, backend=self.backend, site=site)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        data = {name.name: getattr(self, name.name) for name in fields(self)}
+        data["router"] = self.router.to_dict()
+        data["losses"] = None if self.losses is None else dict(self.losses)
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+        """The inverse of `to_dict`."""
+        return cls(**{**data, "router": RouterConfig.from_dict(data["router"])})
+
+
+@final
+class MoE(AbstractRouted):
+    """A mixture of experts in place of an MLP.
+
+    Attributes:
+        router: makes the routing.
+        experts: computes rows.
+        shared: an expert that every real token passes in any case, or None.
+        losses: auxiliary losses that ride on the output in training, name to coefficient.
+        loss_scale: multiplies them; see `set_loss_scale`.
+        backend: how experts are computed.
+        site: name of the layer, used in errors.
+    """
+
+    def __init__(
+        self,
+        router: nn.Module,
+        experts: Experts,
+        *,
+        shared: Experts | None = None,
+        losses: Mapping[str, float] | None = None,
+        backend: str = "auto",
+        site: str = "",
+    ) -> None:
+        super().__init__(router)
+        self.experts = experts
+        self.shared = shared
+        self.losses = dict(losses or {})
+        self.loss_scale = 1.0
+        self.backend = backend
+        self.site = site
+
+    @property
+    def site(self) -> str:
+        """Name of the layer."""
+        return self._site
+
+    @site.setter
+    def site(self, site: str) -> None:
+        self._site = site
+        self.router.site = site or "this layer"  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forward(
+        self,
+        x: Float[Tensor, "*batch tokens dim"],
+        mask: Bool[Tensor, "*batch tokens"] | None = None,
+        ids: Int[Tensor, "*batch tokens"] | None = None,
+    ) -> Float[Tensor, "*batch tokens dim"]:
+        """Route the tokens through their experts.
+
+        Args:
+            x: the tokens.
+            mask: True for real tokens; padding comes back as zero and counts nowhere.
+            ids: token ids, for routers that hash them.
+
+        Raises:
+            ValueError: wrong input, see `AbstractRouter.check`; non-finite logits.
+        """
+        if x.ndim == 2:
+            lift = [None if t is None else t.unsqueeze(0) for t in (mask, ids)]
+            return self(x.unsqueeze(0), *lift).squeeze(0)
+        routing = self.router(x, mask) if ids is None else self.router(x, mask, ids)
+        self.hand_over(routing)
+        rows = self.experts(routing.dispatch(x), routing.rows_per_expert, backend=self.backend)
+        y = routing.combine(rows)
+        if self.shared is not None:
+            y = y + self._shared(x, mask)
+        if self.losses and self.training and torch.is_grad_enabled():
+            y = ride(y, self.loss(routing) * self.loss_scale)
+        return y
+
+    def loss(self, routing: Routing) -> Float[Tensor, ""]:
+        """The weighted sum of this layer's auxiliary losses for one routing."""
+        parts = [c * known_losses.get(name)(routing) for name, c in self.losses.items()]
+        return torch.stack(parts).sum()
+
+    def _shared(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        assert self.shared is not None, "the caller checks it"
+        flat = x.flatten(0, 1)
+        count = torch.full((1,), flat.shape[0], device=x.device)
+        out = self.shared(flat, count, backend=self.backend).reshape(x.shape)
+        return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
+
+
+def set_loss_scale(model: nn.Module, scale: float) -> None:
+    """Scale the losses that ride on the graph of every MoE layer.
+
+    A loss that rides gets a gradient of 1 whatever the task loss was divided or multiplied by. With
+    gradient accumulation over n micro-batches whose loss is divided by n, set `1 / n`; with a
+    gradient scaler, set its scale.
+    """
+    check_at_least_zero("loss_scale", scale)
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.loss_scale = scale

@@ -1,0 +1,139 @@
+"""See the routings of a model without changing it.
+
+    with moefold.record_routing(model) as record:
+        model(x)
+    record.loss(balance=0.01), record.metrics(), record["layers.3.mlp"]
+
+A layer hands its routing over to the lists that are open; it keeps none itself. It is not a forward
+hook, because hooks added after `torch.compile` are ignored without a word. Passes that activation
+checkpointing repeats during backward are not recorded twice.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from moefold.losses import losses
+from moefold.metrics import metrics
+from moefold.routers import AbstractRouter
+from moefold.routing import Routing
+
+
+class AbstractRouted(nn.Module):
+    """A layer with a router whose routings can be recorded.
+
+    Attributes:
+        router: the router.
+        sinks: lists that want every routing of this layer; opened and closed by `record_routing`.
+    """
+
+    def __init__(self, router: nn.Module) -> None:
+        super().__init__()
+        self.router = router
+        self.sinks: tuple[list[Routing], ...] = ()
+
+    def hand_over(self, routing: Routing) -> None:
+        """Give the routing of this forward pass to whoever listens."""
+        if self.sinks and not _in_backward():
+            for sink in self.sinks:
+                sink.append(routing)
+
+
+@final
+class Record(Mapping[str, list[Routing]]):
+    """Routings by site: one list for each MoE layer, one entry for each forward pass."""
+
+    def __init__(self, layers: dict[str, AbstractRouted]) -> None:
+        self._layers = layers
+        self._routings: dict[str, list[Routing]] = {site: [] for site in layers}
+
+    def __getitem__(self, site: str) -> list[Routing]:
+        if site not in self._routings:
+            raise KeyError(f"no MoE layer at {site!r}; layers: {', '.join(self._routings)}")
+        return self._routings[site]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._routings)
+
+    def __len__(self) -> int:
+        return len(self._routings)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Names of the MoE layers."""
+        return tuple(self._routings)
+
+    def loss(self, **coefficients: float) -> Float[Tensor, ""]:
+        """Weighted sum of auxiliary losses: mean over forward passes, sum over sites.
+
+        Use it where losses do not ride on the graph: both together would count them twice.
+
+        Args:
+            **coefficients: by loss name, `_` for `-`: `loss(balance=0.01, z=0.001)`.
+        """
+        total = torch.zeros(())
+        for name, coefficient in coefficients.items():
+            function = losses.get(name.replace("_", "-"))
+            for routings in self._routings.values():
+                if routings:
+                    value = torch.stack([function(routing) for routing in routings]).mean()
+                    total = total.to(value.device) + coefficient * value
+        return total
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Every scalar metric by site, averaged over forward passes."""
+        out = {}
+        for site, routings in self._routings.items():
+            each = [metrics(routing) for routing in routings]
+            names = each[0] if each else ()
+            out[site] = {name: sum(one[name] for one in each) / len(each) for name in names}
+        return out
+
+    def update(self) -> None:
+        """Adapt biases, thresholds and penalties to what was recorded; once an optimiser step."""
+        for site, layer in self._layers.items():
+            if isinstance(layer.router, AbstractRouter) and self._routings[site]:
+                layer.router.update(self._routings[site])
+
+    def clear(self) -> None:
+        """Forget the routings so far, and the memory their graphs hold."""
+        for routings in self._routings.values():
+            routings.clear()
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[Record]:
+    """Record the routings of every MoE layer in `model` while the context is open.
+
+    Records may be nested; each gets every routing.
+
+    Raises:
+        ValueError: the model has no MoE layer.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, AbstractRouted)
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no MoE layer to record; upcycle it first, or pass the "
+            "model that holds the layers."
+        )
+    record = Record(layers)
+    for site, layer in layers.items():
+        layer.sinks = (*layer.sinks, record[site])
+    try:
+        yield record
+    finally:
+        for site, layer in layers.items():
+            layer.sinks = tuple(sink for sink in layer.sinks if sink is not record[site])
+
+
+def _in_backward() -> bool:
+    """Whether autograd is running: then a forward pass can only be a recomputation."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1
