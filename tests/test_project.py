@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import final
 
 import pytest
 import torch
@@ -80,6 +81,14 @@ def test_the_measures_below_see_what_is_there():
     assert has_shape_legend(SAMPLE)
     assert not has_shape_legend('"""Shapes: none."""')
     assert not has_shape_legend('"""Words about `rows dim`."""')
+
+
+def test_every_folder_is_a_package():
+    # Without __init__.py a folder still imports, but neither the layer contracts nor the class
+    # checks below would look into it.
+    assert not {str(p.parent) for p in SOURCES if not (p.parent / "__init__.py").exists()} - {
+        str(ROOT / "src")
+    }
 
 
 def test_files_are_small():
@@ -236,26 +245,53 @@ def is_abstract(cls: type) -> bool:
     return cls.__name__.lstrip("_").startswith("Abstract") or getattr(cls, "_is_protocol", False)
 
 
-def test_modules_are_abstract_or_final():
-    loose = [
-        f"{cls.__module__}.{cls.__qualname__}"
-        for cls in our_classes()
-        if issubclass(cls, nn.Module)
-        and not is_abstract(cls)
-        and not cls.__dict__.get("__final__", False)
+def not_final(classes: list[type]) -> list[str]:
+    """Return the concrete torch modules that are not marked ``@final``."""
+    return [
+        cls.__qualname__
+        for cls in classes
+        if issubclass(cls, nn.Module) and not is_abstract(cls) and "__final__" not in vars(cls)
     ]
-    assert not loose
 
 
-def test_only_abstract_classes_have_subclasses():
-    classes = our_classes()
-    overridden = [
-        f"{base.__name__} <- {cls.__module__}.{cls.__qualname__}"
+def overridden(classes: list[type]) -> list[str]:
+    """Return the concrete classes that another class inherits from, exceptions aside."""
+    return [
+        f"{base.__qualname__} <- {cls.__qualname__}"
         for cls in classes
         for base in cls.__bases__
         if base in classes and not is_abstract(base) and not issubclass(base, Exception)
     ]
-    assert not overridden
+
+
+class AbstractThing(nn.Module):
+    pass
+
+
+class Loose(AbstractThing):
+    pass
+
+
+@final
+class Fixed(AbstractThing):
+    pass
+
+
+class Child(Loose):
+    pass
+
+
+def test_the_class_checks_below_see_what_is_there():
+    assert not_final([AbstractThing, Loose, Fixed]) == ["Loose"]
+    assert overridden([AbstractThing, Loose, Fixed, Child]) == ["Loose <- Child"]
+
+
+def test_modules_are_abstract_or_final():
+    assert not not_final(our_classes())
+
+
+def test_only_abstract_classes_have_subclasses():
+    assert not overridden(our_classes())
 
 
 def test_public_names_are_documented():
