@@ -27,8 +27,8 @@ losses: Registry[Loss] = Registry("loss")
 def balance(routing: Routing) -> Float[Tensor, ""]:
     """`E * sum_e f_e P_e` over all real tokens of the batch; 1 at perfect balance, for any k.
 
-    `f_e` is the share of all pairs asked for (before capacity) that ask for expert e, `P_e` the mean
-    softmax probability of e.
+    `f_e` is the share of all pairs asked for (before capacity) that ask for expert e, `P_e` the
+    mean softmax probability of e.
 
     Source: Fedus et al., *Switch Transformers*, 2022, equation 4, with counts divided by k as in
     Megatron-LM (flaxformer does not divide: its value at balance is k).
@@ -141,7 +141,7 @@ def similarity(routing: Routing) -> Float[Tensor, ""]:
 
 @losses.register("l1", summary="ReMoE: load-weighted L1 of the scores.")
 def l1(routing: Routing) -> Float[Tensor, ""]:
-    """`strength * sum_e f_e * mean_t score_te`, with `f_e = E * (share of real tokens that take e)`.
+    """`strength * sum_e f_e * mean_t score_te`; `f_e = E * (share of real tokens that take e)`.
 
     The router's strength already contains the paper's `1 / k`; it is 1 where a router states none.
 

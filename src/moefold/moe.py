@@ -6,7 +6,7 @@ Shapes: `batch tokens dim` in and out (or `tokens dim`, one sequence).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Self, final
 
 import torch
@@ -44,7 +44,9 @@ class MoEConfig:
 
     num_experts: int = 8
     expert_width: int | None = None
-    router: RouterConfig = RouterConfig("token-choice", {"k": 2, "renormalize": True})
+    router: RouterConfig = field(
+        default_factory=lambda: RouterConfig("token-choice", {"k": 2, "renormalize": True})
+    )
     gated: bool = False
     bias: bool = False
     activation: str = "gelu"
@@ -79,7 +81,7 @@ class MoEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
-        data = {name.name: getattr(self, name.name) for name in fields(self)}
+        data = {part.name: getattr(self, part.name) for part in fields(self)}
         data["router"] = self.router.to_dict()
         data["losses"] = None if self.losses is None else dict(self.losses)
         return data

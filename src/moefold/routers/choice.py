@@ -68,7 +68,7 @@ class TopExperts:
     """
 
     k: int = 2
-    capacity: Capacity = Capacity()
+    capacity: Capacity = field(default_factory=Capacity)
     priority: Literal["order", "gate"] = "order"
     expert_groups: int = 1
     top_groups: int = 1
@@ -141,7 +141,7 @@ class TopTokens:
         only_positive: leave rows empty rather than take a token with a score of zero.
     """
 
-    capacity: Capacity = Capacity(factor=2.0)
+    capacity: Capacity = field(default_factory=lambda: Capacity(factor=2.0))
     only_positive: bool = False
     reach: Reach = field(default="group", init=False)
 

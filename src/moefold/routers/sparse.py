@@ -65,9 +65,9 @@ class Recipe:
         losses: auxiliary losses that belong to the recipe, name to coefficient.
     """
 
-    score: Score = Softmax()
-    choice: Choice = TopExperts()
-    weight: Weight = Weight()
+    score: Score = field(default_factory=Softmax)
+    choice: Choice = field(default_factory=TopExperts)
+    weight: Weight = field(default_factory=Weight)
     cosine: Cosine | None = None
     adapt: Adapt | None = None
     noise_std: float = 0.0

@@ -150,7 +150,7 @@ def sinkhorn_expert_choice(
     noise_std: float = 0.0,
     group: Group = "sequence",
 ) -> SparseRouter:
-    """Entropic transport plan; each expert takes the best tokens of its column (softmax weights)."""
+    """Entropic transport plan; each expert takes the best tokens of its column."""
     return SparseRouter(
         dim,
         num_experts,
@@ -325,7 +325,7 @@ def threshold(
     momentum: float = 0.99,
     renormalize: bool = False,
 ) -> SparseRouter:
-    """Every pair whose unified score is above a running threshold that follows the budget; causal."""
+    """Every pair whose unified score is above a running threshold; causal."""
     TopPairs(budget=budget).check(num_experts)
     return SparseRouter(
         dim,
