@@ -7,7 +7,7 @@ Shapes: `batch tokens dim` in and out (or `tokens dim`, one sequence).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, Self, final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -87,7 +87,7 @@ class MoEConfig:
         return data
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> "MoEConfig":
         """The inverse of `to_dict`."""
         return cls(**{**data, "router": RouterConfig.from_dict(data["router"])})
 

@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any
 
 from moefold.registry import Registry
 from moefold.routers import table
@@ -117,7 +117,7 @@ class RouterConfig:
         return {"name": self.name, "settings": dict(self.settings)}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> "RouterConfig":
         """The inverse of `to_dict`."""
         return cls(data["name"], data.get("settings", {}))
 

@@ -3,6 +3,8 @@
 Each rule owns one tensor, the router's `state` (a buffer, always float32). The forward pass only
 reads it. `update` computes the next one from the routings of an optimiser step; it is a function
 and changes nothing itself.
+
+Shapes: a state is ` experts` or a scalar; routings are those of `batch tokens` each.
 """
 
 from collections.abc import Sequence

@@ -17,7 +17,6 @@ the rows past `rows_per_expert.sum()` are *spare*: they belong to no expert, hav
 """
 
 from dataclasses import dataclass
-from typing import Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -65,7 +64,7 @@ class SparseRouting:
         most_rows: int | None = None,
         grouping: Grouping | None = None,
         **extra: object,
-    ) -> Self:
+    ) -> "SparseRouting":
         """Build the list of rows from a matrix of chosen pairs.
 
         Args:
