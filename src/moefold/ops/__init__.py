@@ -1,0 +1,1 @@
+"""Operations on plain tensors: selection, transport plans, grouped products."""
