@@ -24,35 +24,45 @@ def top(
     count: Count,
     dim: int,
     valid: Bool[Tensor, "groups ..."] | None = None,
+    most: int | None = None,
 ) -> Bool[Tensor, "groups ..."]:
     """Mark the `count` largest scores along `dim`; the lowest index wins a tie.
 
     Args:
-        scores: finite scores.
+        scores: scores without NaN.
         count: how many to take, one number or one for each group (the first dim of `scores`).
         dim: the dim along which scores compete; not the first one.
         valid: which scores take part, all if None. Never marks more than take part.
+        most: no count is larger; saves sorting the rest.
     """
     if valid is not None:
         scores = scores.masked_fill(~valid, -torch.inf)
     size = scores.shape[dim]
+    if size == 0 or (isinstance(count, int) and count == 0):
+        return torch.zeros_like(scores, dtype=torch.bool)
     if isinstance(count, int):
-        if count <= 0 or size == 0:
-            return torch.zeros_like(scores, dtype=torch.bool)
         last = scores.topk(min(count, size), dim, sorted=False).values.amin(dim, keepdim=True)
     else:
-        if size == 0:
-            return torch.zeros_like(scores, dtype=torch.bool)
         count = per_group(count, scores)
-        ordered = torch.sort(scores, dim=dim, descending=True).values
-        shape = list(scores.shape)
-        shape[dim] = 1
-        last = ordered.gather(dim, (count - 1).clamp(0, size - 1).expand(shape))
+        ordered = scores.topk(size if most is None else min(most, size), dim).values
+        last = last_taken(ordered, count, dim)
+    marked = mark(scores, last, count, dim)
+    return marked if valid is None else marked & valid
+
+
+def last_taken(ordered: Tensor, count: Tensor, dim: int) -> Tensor:
+    """The `count`-th value of descending values along `dim` (the first one where count is 0)."""
+    shape = list(ordered.shape)
+    shape[dim] = 1
+    return ordered.gather(dim, (count - 1).clamp(0, ordered.shape[dim] - 1).expand(shape))
+
+
+def mark(scores: Tensor, last: Tensor, count: int | Tensor, dim: int) -> Tensor:
+    """Mark what is above `last`, and as many of what equals it as `count` leaves room for."""
     above = scores > last
     tied = scores == last
     room = count - above.sum(dim, keepdim=True)
-    marked = above | (tied & (tied.cumsum(dim) <= room))
-    return marked if valid is None else marked & valid
+    return above | (tied & (tied.cumsum(dim) <= room))
 
 
 def rank(scores: Float[Tensor, "*rest experts"]) -> Int[Tensor, "*rest experts"]:

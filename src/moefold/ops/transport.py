@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from moefold.ops.select import Count, top
+from moefold.ops.select import Count, last_taken, mark, per_group
 
 
 def _mass(scores: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -52,25 +52,40 @@ def sinkhorn(
 
 
 def project_sparse_simplex(
-    x: Float[Tensor, "groups members experts"],
+    x: Float[Tensor, "groups experts members"],
     count: Count,
-    valid: Bool[Tensor, "groups members experts"] | None = None,
-) -> Float[Tensor, "groups members experts"]:
-    """Project every column on the simplex points with at most `count` non-zeros.
+    valid: Bool[Tensor, "groups experts members"] | None = None,
+    most: int | None = None,
+) -> Float[Tensor, "groups experts members"]:
+    """Project every row on the simplex points with at most `count` non-zeros.
 
     Keep the `count` largest entries and project those on the unit simplex (Kyrillidis et al.,
-    *Sparse projections onto the simplex*, 2013). Columns without a valid entry come back as zero.
+    *Sparse projections onto the simplex*, 2013). Rows without a valid entry come back as zero.
+
+    Args:
+        x: entries; a tie at the last one kept goes to the lowest index.
+        count: non-zeros, one number or one for each group.
+        valid: which entries take part, all if None.
+        most: no count is larger; saves sorting the rest.
     """
-    support = top(x, count, 1, valid)
-    kept = x.masked_fill(~support, -torch.inf)
-    ordered = torch.sort(kept, dim=1, descending=True).values
-    taken = ordered > -torch.inf
-    total = ordered.masked_fill(~taken, 0.0).cumsum(1)
-    place = torch.arange(1, x.shape[1] + 1, device=x.device, dtype=x.dtype).reshape(1, -1, 1)
+    if valid is not None:
+        x = x.masked_fill(~valid, -torch.inf)
+    size = x.shape[-1]
+    if isinstance(count, int):
+        most = count
+        count = torch.full(x.shape[:1], count, device=x.device)
+    count = per_group(count, x)
+    ordered = x.topk(size if most is None else min(most, size), -1).values
+    place = torch.arange(1, ordered.shape[-1] + 1, device=x.device)
+    taken = (place <= count) & (ordered > -torch.inf)
+    total = ordered.masked_fill(~taken, 0.0).cumsum(-1)
     positive = taken & (1 + place * ordered > total)
-    size = positive.sum(1, keepdim=True).clamp_min(1)
-    level = (total.gather(1, size - 1) - 1) / size
-    return (kept - level).clamp_min(0.0)
+    last = positive.sum(-1, keepdim=True).clamp_min(1)
+    level = (total.gather(-1, last - 1) - 1) / last
+    support = mark(x, last_taken(ordered, count, -1), count, -1)
+    if valid is not None:
+        support = support & valid
+    return (x - level).clamp_min(0.0).masked_fill(~support, 0.0)
 
 
 @torch.no_grad()
@@ -79,6 +94,7 @@ def sparse_transport(
     capacity: Count,
     valid: Bool[Tensor, "groups members"] | None = None,
     *,
+    most: int | None = None,
     iterations: int = 20,
     learning_rate: float = 1e-2,
     gamma: float = 1.0,
@@ -92,24 +108,36 @@ def sparse_transport(
     Source: Liu, Puigcerver, Blondel, *Sparsity-Constrained Optimal Transport*, 2023; settings of
     the router `KSparseProjectionTransportTopItemsPerExpertRouter` of google-research/vmoe (Adam
     with learning rate 1e-2, 20 iterations, gamma 1).
+
+    Args:
+        similarity: how well pairs fit; a softmax over experts in the paper's routers.
+        capacity: non-zeros of a column, one number or one for each group.
+        valid: which tokens are real, all if None.
+        most: no capacity is larger; saves sorting the rest.
+        iterations: steps of Adam.
+        learning_rate: its step size.
+        gamma: strength of the quadratic regularisation.
     """
+    if similarity.numel() == 0:
+        return torch.zeros_like(similarity)
     real, share = _mass(similarity, valid)
-    similarity = similarity.masked_fill(~real, 0.0)
-    takes_part = real.expand_as(similarity)
+    fit = similarity.masked_fill(~real, 0.0).transpose(1, 2).contiguous()  # members last: faster
+    of_real = real.transpose(1, 2)
+    takes_part = None if valid is None else of_real.expand_as(fit)
 
     def plan(of_token: Tensor) -> Tensor:
-        scaled = (of_token + similarity) / (gamma * share)
-        return share * project_sparse_simplex(scaled, capacity, takes_part)
+        scaled = (of_token + fit) / (gamma * share)
+        return share * project_sparse_simplex(scaled, capacity, takes_part, most)
 
-    of_token = similarity.new_zeros(similarity.shape[0], similarity.shape[1], 1)
+    of_token = fit.new_zeros(fit.shape[0], 1, fit.shape[2])
     first, second = torch.zeros_like(of_token), torch.zeros_like(of_token)
     for step in range(1, iterations + 1):
-        slope = (plan(of_token).sum(2, keepdim=True) - 1.0).masked_fill(~real, 0.0)
+        slope = (plan(of_token).sum(1, keepdim=True) - 1.0).masked_fill(~of_real, 0.0)
         first = 0.9 * first + 0.1 * slope
         second = 0.999 * second + 0.001 * slope.square()
         scale = (second / (1 - 0.999**step)).sqrt() + 1e-8
         of_token = of_token - learning_rate * (first / (1 - 0.9**step)) / scale
-    return plan(of_token)
+    return plan(of_token).transpose(1, 2)
 
 
 def assign_balanced(

@@ -159,7 +159,7 @@ class TopTokens:
         groups, members, experts = scores.shape
         most = self.capacity.of(members, 1, experts)
         rows = most if valid is None else self.capacity.of_groups(valid.sum(1), 1, experts)
-        chosen = top(scores, rows, 1, _spread(valid, scores))
+        chosen = top(scores, rows, 1, _spread(valid, scores), most)
         if self.only_positive:
             chosen = chosen & (scores > 0)
         return Picked(chosen, None, groups * experts * most)
@@ -220,7 +220,7 @@ class TopPairs:
         most = self.pairs(members, experts)
         count = most if valid is None else self._pairs_of_groups(valid.sum(1), experts)
         open_flat = None if open_to is None else open_to.flatten(1)
-        chosen = top(contest.flatten(1), count, 1, open_flat).reshape(scores.shape)
+        chosen = top(contest.flatten(1), count, 1, open_flat, most).reshape(scores.shape)
         return Picked(chosen, None, groups * most)
 
     def pairs(self, tokens: int, experts: int) -> int:

@@ -141,14 +141,13 @@ class SparseTransport:
 
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         _, members, experts = logits.shape
-        if valid is None:
-            rows = self.capacity.of(members, 1, experts)
-        else:
-            rows = self.capacity.of_groups(valid.sum(1), 1, experts)
+        most = self.capacity.of(members, 1, experts)
+        rows = most if valid is None else self.capacity.of_groups(valid.sum(1), 1, experts)
         return sparse_transport(
             logits.softmax(-1),
             rows,
             valid,
+            most=most,
             iterations=self.iterations,
             learning_rate=self.learning_rate,
             gamma=self.gamma,
