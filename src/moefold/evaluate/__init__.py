@@ -1,0 +1,18 @@
+"""Measure what a text encoder is worth: retrieval per query, and intervals over seeds and queries."""
+
+from moefold.evaluate.intervals import Interval, crossed_bootstrap
+from moefold.evaluate.retrieval import (
+    METRICS,
+    encode,
+    rank,
+    retrieval_metrics,
+)
+
+__all__ = [
+    "METRICS",
+    "Interval",
+    "crossed_bootstrap",
+    "encode",
+    "rank",
+    "retrieval_metrics",
+]
