@@ -73,7 +73,11 @@ class MoEConfig:
             site: name of the layer, used in errors.
         """
         router = self.router.build(dim, self.num_experts, causal=causal)
-        kind = {"gated": self.gated, "bias": self.bias, "activation": self.activation}
+        kind: dict[str, Any] = {
+            "gated": self.gated,
+            "bias": self.bias,
+            "activation": self.activation,
+        }
         experts = Experts(self.num_experts, dim, self.expert_width or 4 * dim, **kind)
         shared = Experts(1, dim, self.shared_width, **kind) if self.shared_width else None
         own = router.losses if self.losses is None else self.losses
