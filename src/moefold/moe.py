@@ -136,7 +136,7 @@ class MoE(AbstractRouted):
     @site.setter
     def site(self, site: str) -> None:
         self._site = site
-        self.router.site = site or "this layer"  # pyright: ignore[reportAttributeAccessIssue]
+        self.router.site = site or "this layer"  # pyright: ignore[reportArgumentType]
 
     def forward(
         self,
