@@ -1,0 +1,18 @@
+"""Contract suites: everything a router, a backend or a layer must keep, checked by one call each.
+
+    moefold.testing.check_router(MyRouter)              an AssertionError lists what is broken
+    moefold.testing.check_backend("grouped")
+    moefold.testing.check_layer(moefold.MoEConfig(router="expert-choice"))
+
+Registered members are run through them by moefold's own tests; these functions are for yours.
+"""
+
+from moefold.testing.contract import Report, without_a_case
+from moefold.testing.routers import ROUTER_CHECKS, check_router
+
+__all__ = [
+    "ROUTER_CHECKS",
+    "Report",
+    "check_router",
+    "without_a_case",
+]
