@@ -9,7 +9,7 @@ Shapes: a state is ` experts` or a scalar; routings are those of `batch tokens` 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from moefold.routers.base import check_one_of, check_positive
 from moefold.routing import SparseRouting
 
 
+@runtime_checkable
 class Adapt(Protocol):
     """A rule by which a router's state follows its routings."""
 

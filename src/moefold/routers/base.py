@@ -4,8 +4,9 @@ Shapes: `batch tokens dim` in, a routing out. `mask` is True for real tokens.
 """
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -138,26 +139,26 @@ class AbstractRouter(nn.Module, abc.ABC):
             raise ValueError(message)
 
 
-def check_positive(name: str, value: float, *, integer: bool = True) -> None:
+def check_positive(name: str, value: object, *, integer: bool = True) -> None:
     """Refuse a setting that is not a positive (whole) number.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
     """
-    kind = int if integer else (int, float)
-    if isinstance(value, bool) or not isinstance(value, kind) or not value > 0:
-        what = "a positive whole number" if integer else "a positive number"
+    if not _is_number(value, integer) or not value > 0:
+        what = "a positive whole number" if integer else "a positive finite number"
         raise ValueError(f"{name} is {value!r}; it must be {what}.")
 
 
-def check_at_least_zero(name: str, value: float) -> None:
-    """Refuse a negative setting.
+def check_at_least_zero(name: str, value: object, *, integer: bool = False) -> None:
+    """Refuse a setting that is negative, or not a (whole) number.
 
     Raises:
         ValueError: names the setting, the value and what is allowed.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise ValueError(f"{name} is {value!r}; it must be zero or more.")
+    if not _is_number(value, integer) or not value >= 0:
+        what = "a whole number, zero or more" if integer else "zero or more, and finite"
+        raise ValueError(f"{name} is {value!r}; it must be {what}.")
 
 
 def check_k(k: int, num_experts: int) -> None:
@@ -198,3 +199,8 @@ def float32_or_better(tensor: Tensor) -> Tensor:
     Rounding scores to half precision before a choice changes which experts are chosen.
     """
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _is_number(value: object, integer: bool) -> TypeGuard[int | float]:
+    kind = int if integer else (int, float)
+    return isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)

@@ -6,7 +6,7 @@ marks the real tokens; padding is never chosen. Ties go to the lowest index.
 
 import math
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -35,6 +35,7 @@ class Picked(NamedTuple):
     most_rows: int
 
 
+@runtime_checkable
 class Choice(Protocol):
     """Picks pairs by their scores."""
 
@@ -186,7 +187,7 @@ class TopPairs:
 
     def __post_init__(self) -> None:
         check_positive("budget", self.budget, integer=False)
-        check_at_least_zero("min_experts", self.min_experts)
+        check_at_least_zero("min_experts", self.min_experts, integer=True)
         if self.max_experts is not None:
             check_positive("max_experts", self.max_experts)
         if self.min_experts > self.budget:

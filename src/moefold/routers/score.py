@@ -5,7 +5,7 @@ tokens of every group. A larger score wins.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,6 +19,7 @@ Scores = Float[Tensor, "groups members experts"]
 Valid = Bool[Tensor, "groups members"] | None
 
 
+@runtime_checkable
 class Score(Protocol):
     """Turns logits into what competes."""
 

@@ -233,7 +233,7 @@ def seq_topk(dim: int, num_experts: int, *, k: int = 2, renormalize: bool = Fals
     return unified(
         dim,
         num_experts,
-        budget=k,
+        budget=float(k),
         alpha=0.0,
         combine="renormalized" if renormalize else "unified",
         min_experts=1,
@@ -247,7 +247,7 @@ def expert_race(dim: int, num_experts: int, *, k: int = 2) -> SparseRouter:
     return SparseRouter(
         dim,
         num_experts,
-        Recipe(choice=TopPairs(budget=k), group="batch", losses={"similarity": 1e-5}),
+        Recipe(choice=TopPairs(budget=float(k)), group="batch", losses={"similarity": 1e-5}),
     )
 
 
