@@ -1,9 +1,24 @@
-"""Experts: stacked MLPs, and the backends that compute them on rows.
+"""Experts: stacked parameters, and the backends that compute them on rows sorted by expert.
 
-Shapes: `rows dim` in and out.
+Shapes: `rows dim` in and out, see `experts.backends.base`.
 """
 
-from moefold.experts.backends import backends, choose_backend, explain_backends
+from moefold.experts.backends import (
+    AbstractBackend,
+    ExpertWeights,
+    Verdict,
+    backends,
+    choose_backend,
+    explain_backends,
+)
 from moefold.experts.experts import Experts
 
-__all__ = ["Experts", "backends", "choose_backend", "explain_backends"]
+__all__ = [
+    "AbstractBackend",
+    "ExpertWeights",
+    "Experts",
+    "Verdict",
+    "backends",
+    "choose_backend",
+    "explain_backends",
+]

@@ -1,62 +1,92 @@
-"""Activations by the names hosts use for them.
+"""Activations by name: what an expert applies between its two products.
 
-Shapes: elementwise, any shape.
+Shapes: any; every activation works on each number by itself. Names are those of transformers'
+`ACT2FN`, so that a host's configuration can be read as it is.
 """
 
 import difflib
 from collections.abc import Callable
-from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional
 
-Activation = Callable[[Tensor], Tensor]
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """`x * sigmoid(1.702 x)`, as in CLIP."""
-    return x * torch.sigmoid(1.702 * x)
+Activation = str | Callable[[Tensor], Tensor]
 
 
 def relu2(x: Tensor) -> Tensor:
-    """The square of the positive part (So et al., *Primer*, 2021)."""
-    return functional.relu(x).square()
+    """`relu(x)^2` (So et al., Primer, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`, the approximation of GELU that CLIP was trained with."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415, section 2)."""
+    return F.gelu(x, approximate="tanh")
 
 
 def identity(x: Tensor) -> Tensor:
-    """`x` itself."""
+    """`x`; with a gate, a bilinear expert."""
     return x
 
 
-_tanh_gelu = partial(functional.gelu, approximate="tanh")
-
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu": functional.gelu,
-    "gelu_fast": _tanh_gelu,
-    "gelu_new": _tanh_gelu,
-    "gelu_pytorch_tanh": _tanh_gelu,
-    "gelu_tanh": _tanh_gelu,
+_BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": gelu_tanh,
     "identity": identity,
-    "linear": identity,
+    "leaky_relu": F.leaky_relu,
+    "mish": F.mish,
     "quick_gelu": quick_gelu,
-    "relu": functional.relu,
+    "relu": F.relu,
     "relu2": relu2,
     "sigmoid": torch.sigmoid,
-    "silu": functional.silu,
-    "swish": functional.silu,
+    "silu": F.silu,
     "tanh": torch.tanh,
+}
+_ALIASES = {
+    "gelu_accurate": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "linear": "identity",
+    "swish": "silu",
 }
 
 
-def activation(name: str) -> Activation:
-    """The activation of that name.
+def names() -> tuple[str, ...]:
+    """Return every name, without its aliases."""
+    return tuple(_BY_NAME)
+
+
+def canonical(activation: Activation) -> Activation:
+    """Return the one name of a named activation; a function stays itself.
 
     Raises:
-        ValueError: unknown name, with the nearest known one.
+        ValueError: if no activation has this name (with the nearest one, and all of them).
     """
-    if name not in ACTIVATIONS:
-        near = difflib.get_close_matches(name, ACTIVATIONS, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown activation {name!r}.{hint} Known: {', '.join(ACTIVATIONS)}.")
-    return ACTIVATIONS[name]
+    if not isinstance(activation, str):
+        return activation
+    name = _ALIASES.get(activation, activation)
+    if name not in _BY_NAME:
+        near = difflib.get_close_matches(activation, [*_BY_NAME, *_ALIASES], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(
+            f"unknown activation {activation!r}; {hint}Known: {', '.join(_BY_NAME)} "
+            f"(also {', '.join(_ALIASES)}), or pass a function of a tensor"
+        )
+    return name
+
+
+def get(activation: Activation) -> Callable[[Tensor], Tensor]:
+    """Return the function of this name or alias; a function is returned as it is.
+
+    Raises:
+        ValueError: as `canonical`.
+    """
+    found = canonical(activation)
+    return _BY_NAME[found] if isinstance(found, str) else found

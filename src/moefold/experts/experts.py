@@ -1,12 +1,15 @@
-"""Stacked MLP experts.
+"""The experts of a layer: one MLP each, their parameters stacked.
 
-Shapes: `rows dim` in and out, rows sorted by expert. Parameters, in the layout of transformers v5:
+The layout is that of transformers v5 (`integrations/moe.py`), so that a pretrained mixture is used
+without a copy and exported by renaming:
 
-    gated   gate_up_proj [experts, 2 * width, dim], gate rows first
+    gated   gate_up_proj [experts, 2 * width, dim]  rows of the gate first, then what it gates
+            down_proj    [experts, dim, width]
     plain   up_proj      [experts, width, dim]
-    both    down_proj    [experts, dim, width]
+            down_proj    [experts, dim, width]
+    biases  gate_up_proj_bias or up_proj_bias [experts, .], down_proj_bias [experts, dim]
 
-and, with biases, the same names with `_bias` and without the last dim.
+Shapes: `rows dim` in and out, rows sorted by expert.
 """
 
 from typing import final
@@ -15,20 +18,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from moefold.experts.activations import activation as activation_named
-from moefold.experts.backends import ExpertWeights, choose_backend
+from moefold.experts import activations
+from moefold.experts.activations import Activation
+from moefold.experts.backends import AUTO, ExpertWeights, choose_backend
 
 
 @final
 class Experts(nn.Module):
-    """A stack of MLPs of one shape.
+    """A stack of MLPs, one per expert, each with its own rows.
 
-    Attributes:
-        num_experts: number of experts.
+    Args:
+        num_experts: how many.
         dim: width of a row.
         width: hidden width of one expert.
-        gated: whether they are gated.
-        activation: name of the activation.
+        gated: `down(activation(gate(x)) * up(x))` instead of `down(activation(up(x)))`.
+        bias: whether the products have biases.
+        activation: its name, or a function of a tensor.
+        device: where the parameters are made.
+        dtype: what they are made of.
+
+    Raises:
+        ValueError: a size is below 1, or the activation unknown.
     """
 
     def __init__(
@@ -36,72 +46,99 @@ class Experts(nn.Module):
         num_experts: int,
         dim: int,
         width: int,
-        *,
         gated: bool = True,
         bias: bool = False,
-        activation: str = "silu",
+        activation: Activation = "silu",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("dim", dim), ("width", width)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be a positive whole number.")
-        activation_named(activation)
+        for name, size in (("num_experts", num_experts), ("dim", dim), ("width", width)):
+            if size < 1:
+                raise ValueError(f"{name}={size} is not possible; it must be at least 1")
         self.num_experts = num_experts
         self.dim = dim
         self.width = width
         self.gated = gated
-        self.activation = activation
-        hidden = 2 * width if gated else width
-        self._up = "gate_up_proj" if gated else "up_proj"
-        self.register_parameter(self._up, nn.Parameter(torch.empty(num_experts, hidden, dim)))
-        self.down_proj = nn.Parameter(torch.empty(num_experts, dim, width))
-        up_bias = nn.Parameter(torch.empty(num_experts, hidden)) if bias else None
-        self.register_parameter(f"{self._up}_bias", up_bias)
-        down_bias = nn.Parameter(torch.empty(num_experts, dim)) if bias else None
-        self.register_parameter("down_proj_bias", down_bias)
+        self.bias = bias
+        self.activation = activations.canonical(activation)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+
+        wide = 2 * width if gated else width
+        self.register_parameter(self._up_name, parameter(wide, dim))
+        self.down_proj = parameter(dim, width)
+        self.register_parameter(f"{self._up_name}_bias", parameter(wide) if bias else None)
+        self.register_parameter("down_proj_bias", parameter(dim) if bias else None)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Every expert as `nn.Linear` does: uniform within `1 / sqrt(fan-in)` of one expert.
-
-        The fan-in is that of one matrix; torch's own rules would read it off the stacked tensor.
-        """
-        for parameter, fan_in in (
-            (self.weights.up, self.dim),
-            (self.weights.up_bias, self.dim),
-            (self.weights.down, self.width),
-            (self.weights.down_bias, self.width),
-        ):
-            if parameter is not None:
-                nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+    @property
+    def _up_name(self) -> str:
+        return "gate_up_proj" if self.gated else "up_proj"
 
     @property
     def weights(self) -> ExpertWeights:
-        """The parameters, as a backend takes them."""
+        """The parameters, as backends get them."""
         return ExpertWeights(
-            up=getattr(self, self._up),
+            up=getattr(self, self._up_name),
             down=self.down_proj,
-            up_bias=getattr(self, f"{self._up}_bias"),
+            up_bias=getattr(self, f"{self._up_name}_bias"),
             down_bias=self.down_proj_bias,
             gated=self.gated,
             activation=self.activation,
         )
 
+    def reset_parameters(self) -> None:
+        """Draw every parameter as `nn.Linear` does: uniform within 1 / sqrt(what it sums over)."""
+        # nn.init would read the fan-in of a stack off its last two dims times the first.
+        for name, parameter in self.named_parameters():
+            fan_in = self.width if name.startswith("down_proj") else self.dim
+            nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
+
     def forward(
         self,
         rows: Float[Tensor, "rows dim"],
         rows_per_expert: Int[Tensor, " experts"],
-        backend: str = "auto",
+        backend: str = AUTO,
     ) -> Float[Tensor, "rows dim"]:
-        """Every row through its expert.
+        """Apply every expert to its rows.
 
         Args:
-            rows: the rows of expert 0, then those of expert 1, and so on; what is left is spare.
-            rows_per_expert: how many rows each has.
-            backend: name of a backend, or "auto" for the first that can run.
+            rows: sorted by expert; those past `rows_per_expert.sum()` come back as zeros.
+            rows_per_expert: how many rows each expert has.
+            backend: how to compute them; see `moefold.experts.backends`.
 
         Raises:
-            ValueError: the backend is unknown or cannot run here.
+            ValueError: rows of another width or dtype, another number of experts, or a backend that
+                is unknown or cannot run.
         """
         weights = self.weights
+        self._check(rows, rows_per_expert, weights)
         return choose_backend(backend, rows, weights).compute(rows, rows_per_expert, weights)
+
+    def _check(self, rows: Tensor, rows_per_expert: Tensor, weights: ExpertWeights) -> None:
+        if rows.shape[-1] != self.dim:
+            raise ValueError(
+                f"rows are {rows.shape[-1]} wide, but these experts were made for dim={self.dim}; "
+                f"build the layer with the width of its input"
+            )
+        if rows_per_expert.shape[0] != self.num_experts:
+            raise ValueError(
+                f"rows_per_expert has {rows_per_expert.shape[0]} counts, but there are "
+                f"{self.num_experts} experts; router and experts must agree on num_experts"
+            )
+        same = rows.dtype == weights.up.dtype or torch.is_autocast_enabled(rows.device.type)
+        if not same:
+            raise ValueError(
+                f"rows are {rows.dtype}, but the experts {weights.up.dtype}; cast the input or the "
+                f"layer with .to(dtype), or run under torch.autocast"
+            )
+
+    def extra_repr(self) -> str:
+        """Show the geometry in `print(model)`."""
+        return (
+            f"{self.num_experts} x {self.dim} -> {self.width}, gated={self.gated}, "
+            f"bias={self.bias}, activation={self.activation}"
+        )

@@ -1,34 +1,44 @@
-"""A loss that rides on an activation.
+"""A loss that rides on the graph: added to no loss, yet trained.
 
-Shapes: any `y`, and a scalar `loss`.
+    y    any shape, what the layer returns
+    loss any shape, usually a scalar: an auxiliary loss, with its coefficient
+
+A layer inside somebody else's model cannot add to that model's loss, and a loss left in a global
+for the trainer to collect is left out by every trainer that does not know about it. So the loss
+rides on the layer's output instead: the output is unchanged, and when a gradient comes back through
+it the loss receives a gradient of one, as if it had been added to whatever was differentiated.
+The idea is used by Megatron-LM (`MoEAuxLossAutoScaler`) and DeepSeek-V2 (`AddAuxiliaryLoss`).
 """
-
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-class _Ride(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = loss.shape, loss.dtype, loss.device
-        return y.view_as(y)
+def ride(y: Float[Tensor, "*shape"], loss: Float[Tensor, "*any"]) -> Float[Tensor, "*shape"]:
+    """Return `y`, sharing its memory, such that its backward pass also differentiates `loss`.
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        shape, dtype, device = ctx.loss
-        return grads[0], torch.ones(shape, dtype=dtype, device=device)
+    Whatever scalar is differentiated through the result, and however it depends on it, `loss`
+    receives exactly one, once per backward pass. In particular the loss knows nothing of a factor
+    on that scalar (gradient accumulation that divides by its steps, a gradient scaler): put the
+    same factor on `loss`.
 
-
-def ride(y: Float[Tensor, "..."], loss: Float[Tensor, ""]) -> Float[Tensor, "..."]:
-    """Return `y` unchanged; when backward reaches it, `loss` gets a gradient of 1.
-
-    So a trainer that only knows the task's loss trains `loss` too. The result requires gradient if
-    either input does. If backward never reaches the result, the loss has no effect. Used twice on
-    the same loss, it counts twice.
-
-    Source: the auxiliary-loss scaler of Megatron-LM does the same.
+    If `y` needs no gradient but `loss` does, the result needs one, so that a graph through it
+    reaches the loss. If no gradient flows back through the result (it was detached, or is used by
+    nothing that is differentiated), the loss is not trained. Under `torch.no_grad()` the result is
+    `y` and nothing else happens. A loss that rides twice counts twice.
     """
     return _Ride.apply(y, loss)  # pyright: ignore[reportReturnType]
+
+
+class _Ride(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
+        # Not view_as: a view made here could not be changed in place by the layers that follow.
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (loss,) = ctx.saved_tensors
+        return grad, torch.ones_like(loss)

@@ -1,6 +1,7 @@
-"""Backends, and how one is chosen: the first, in a fixed order, without a reason against it.
+"""Backends: ways to compute experts on rows, and how one is chosen.
 
-Shapes: as in `base`.
+Shapes: `rows dim`, see `base`. The choice is made from device, dtype and settings, never from data:
+cheap in eager code, and a constant under torch.compile.
 """
 
 from typing import NamedTuple
@@ -8,66 +9,77 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moefold.experts.backends.base import AbstractBackend, ExpertWeights
-from moefold.experts.backends.grouped import Grouped
-from moefold.experts.backends.reference import Reference
+from moefold.experts.backends.fused import FusedBackend
+from moefold.experts.backends.grouped import GroupedBackend
+from moefold.experts.backends.reference import ReferenceBackend
 from moefold.registry import Registry
 
+AUTO = "auto"
+
+# What "auto" tries, in this order. Other registered backends run when they are named.
+PRIORITY = ("fused", "grouped", "reference")
+
 backends: Registry[AbstractBackend] = Registry("backend", AbstractBackend)
-backends.register("grouped", Grouped(), summary="Grouped matrix products; CPU, CUDA, compiles.")
-backends.register("reference", Reference(), summary="A loop over experts; the definition.")
+backends.register(
+    "fused", FusedBackend(), summary="one expert at a time in cache, both products (CPU)"
+)
+backends.register("grouped", GroupedBackend(), summary="two grouped products (CPU, CUDA)")
+backends.register("reference", ReferenceBackend(), summary="a loop over experts: the definition")
 
-_ORDER = ["grouped", "reference"]
 
-
-class Explained(NamedTuple):
-    """One line of the table of backends."""
+class Verdict(NamedTuple):
+    """What one backend says to some experts and rows; no reasons: it can run."""
 
     name: str
     summary: str
-    reasons_against: list[str]
+    reasons: tuple[str, ...]
 
 
 def choose_backend(name: str, rows: Tensor, weights: ExpertWeights) -> AbstractBackend:
-    """The backend of that name, or the first that can run if the name is "auto".
+    """Return the backend that computes these experts on these rows.
+
+    Args:
+        name: a registered backend, or "auto" for the first of `PRIORITY` with no reason against it.
+        rows: what it will compute on.
+        weights: what it will compute with.
 
     Raises:
-        ValueError: the named backend is unknown, or cannot run here, with its reasons; or none can.
+        ValueError: the name is unknown, or that backend cannot run (with its reasons).
     """
-    if name == "auto":
-        for candidate in _ORDER:
-            if not backends.get(candidate).reasons_against(rows, weights):
-                return backends.get(candidate)
-        raise ValueError(f"no backend can run here: {_table(explain_backends(rows, weights))}")
-    backend = backends.get(name)
-    reasons = backend.reasons_against(rows, weights)
-    if reasons:
-        raise ValueError(
-            f"backend {name!r} cannot run here: {'; '.join(reasons)}. Use backend='auto', or one "
-            f"of: {_table(explain_backends(rows, weights))}"
-        )
-    return backend
+    if name != AUTO:
+        backend = backends.get(name)
+        if reasons := backend.reasons_against(rows, weights):
+            raise ValueError(
+                f"backend {name!r} cannot run here: {'; '.join(reasons)}. "
+                f"Choose another, or {AUTO!r} for the first of {', '.join(PRIORITY)} that can"
+            )
+        return backend
+    refused = []
+    for candidate in PRIORITY:
+        backend = backends.get(candidate)
+        reasons = backend.reasons_against(rows, weights)
+        if not reasons:
+            return backend
+        refused.append(f"{candidate}: {'; '.join(reasons)}")
+    raise ValueError(f"no backend can run these experts. {'. '.join(refused)}")
 
 
-def explain_backends(rows: Tensor, weights: ExpertWeights) -> list[Explained]:
-    """Every backend with its reasons against running here, in the order "auto" tries them."""
-    rest = [name for name in backends.names() if name not in _ORDER]
+def explain_backends(rows: Tensor, weights: ExpertWeights) -> list[Verdict]:
+    """Ask every registered backend about these experts and rows; those of `PRIORITY` come first."""
     summaries = backends.describe()
+    order = [*PRIORITY, *(name for name in summaries if name not in PRIORITY)]
     return [
-        Explained(name, summaries[name], backends.get(name).reasons_against(rows, weights))
-        for name in [*_ORDER, *rest]
+        Verdict(name, summaries[name], tuple(backends.get(name).reasons_against(rows, weights)))
+        for name in order
     ]
 
 
-def _table(lines: list[Explained]) -> str:
-    return ", ".join(
-        f"{line.name} ({'; '.join(line.reasons_against) or 'can run'})" for line in lines
-    )
-
-
 __all__ = [
+    "AUTO",
+    "PRIORITY",
     "AbstractBackend",
     "ExpertWeights",
-    "Explained",
+    "Verdict",
     "backends",
     "choose_backend",
     "explain_backends",

@@ -1,59 +1,61 @@
-"""A backend: one way to compute experts on rows.
+"""What a backend is: a way to compute experts on rows.
 
-Shapes: `rows dim` in and out; `experts` weights are stacked. Rows past `rows_per_expert.sum()` are
-spare: they must come back finite, and take part in no gradient of a weight.
+Shapes: `rows dim` in and out, sorted by expert; `experts` experts of hidden `width`; `wide` is
+`2 * width` for gated experts (the gate's rows first, then what it gates) and `width` for plain ones.
+
+    plain:  y = down @ activation(up @ x)
+    gated:  y = down @ (activation(up[:width] @ x) * (up[width:] @ x))
 """
 
-import abc
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from moefold.experts.activations import activation
+from moefold.experts.activations import Activation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class ExpertWeights:
-    """What a backend needs to know of the experts.
+    """All parameters of a set of experts.
 
     Attributes:
-        up: `[experts, hidden, dim]`; for gated experts hidden is `2 * width`, gate rows first.
-        down: `[experts, dim, width]`.
-        up_bias: `[experts, hidden]` or None.
-        down_bias: `[experts, dim]` or None.
-        gated: whether the first half of the hidden values gates the second.
-        activation: name of the activation.
+        up: first matrices, in the layout of `torch.nn.Linear`.
+        down: second matrices.
+        up_bias: added after the first product, None for nothing.
+        down_bias: added after the second product, None for nothing.
+        gated: whether half of the first product gates the other half.
+        activation: its canonical name, or a function.
     """
 
-    up: Float[Tensor, "experts hidden dim"]
+    up: Float[Tensor, "experts wide dim"]
     down: Float[Tensor, "experts dim width"]
-    up_bias: Float[Tensor, "experts hidden"] | None
-    down_bias: Float[Tensor, "experts dim"] | None
+    up_bias: Float[Tensor, "experts wide"] | None = None
+    down_bias: Float[Tensor, "experts dim"] | None = None
     gated: bool
-    activation: str
-
-    def activate(self, hidden: Float[Tensor, "rows hidden"]) -> Float[Tensor, "rows width"]:
-        """What stands between the two matrices."""
-        act = activation(self.activation)
-        if not self.gated:
-            return act(hidden)
-        gate, up = hidden.chunk(2, dim=-1)
-        return act(gate) * up
+    activation: Activation
 
 
-class AbstractBackend(abc.ABC):
-    """Computes experts on rows sorted by expert."""
+class AbstractBackend(ABC):
+    """A way to compute experts on rows.
 
-    @abc.abstractmethod
+    Every backend computes what `reference` computes: values, gradients, empty experts, and zeros
+    for the spare rows past `rows_per_expert.sum()`.
+    """
+
+    @abstractmethod
     def reasons_against(self, rows: Tensor, weights: ExpertWeights) -> list[str]:
-        """Why this backend cannot run on these; empty if it can. Plain Python, cheap."""
+        """Say why this backend cannot compute these experts on these rows; empty if it can.
 
-    @abc.abstractmethod
+        Reads devices, dtypes, shapes and settings but no data, so that it can be traced.
+        """
+
+    @abstractmethod
     def compute(
         self,
         rows: Float[Tensor, "rows dim"],
         rows_per_expert: Int[Tensor, " experts"],
         weights: ExpertWeights,
     ) -> Float[Tensor, "rows dim"]:
-        """Every row through its expert: `down(activate(up(row)))`."""
+        """Apply every expert to its rows."""

@@ -1,24 +1,25 @@
-"""The definition: a loop over experts, in plain autograd, for any dtype and device.
+"""The definition of experts: a loop, one expert at a time, differentiated by autograd.
 
-Shapes: `rows dim` in and out.
+Shapes: see `base`. Any dtype, any device, any activation; slow where there are many experts.
 """
 
 from typing import final
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn import functional
 
+from moefold.experts import activations
 from moefold.experts.backends.base import AbstractBackend, ExpertWeights
 
 
 @final
-class Reference(AbstractBackend):
-    """One expert after the other; every other backend is compared with this one."""
+class ReferenceBackend(AbstractBackend):
+    """A loop over experts."""
 
     def reasons_against(self, rows: Tensor, weights: ExpertWeights) -> list[str]:
-        """It reads the number of rows on the host, which a compiled graph cannot."""
+        """Anything but a compiled graph."""
         if torch.compiler.is_compiling():
             return ["it reads rows_per_expert on the host, which torch.compile cannot trace"]
         return []
@@ -29,13 +30,26 @@ class Reference(AbstractBackend):
         rows_per_expert: Int[Tensor, " experts"],
         weights: ExpertWeights,
     ) -> Float[Tensor, "rows dim"]:
-        """Every row through its expert; spare rows come back as zero."""
+        """Apply every expert to its rows."""
         counts = rows_per_expert.tolist()
-        *of_expert, spare = rows.split([*counts, rows.shape[0] - sum(counts)])
+        activate = activations.get(weights.activation)
+        # unbind and split are differentiated into one tensor each; indexing in the loop would make
+        # a gradient of full size per expert.
+        total = rows[: sum(counts)].split(counts)
+        experts = len(counts)
+        up_biases = [None] * experts if weights.up_bias is None else weights.up_bias.unbind(0)
+        down_biases = [None] * experts if weights.down_bias is None else weights.down_bias.unbind(0)
+        each = zip(
+            total, weights.up.unbind(0), up_biases, weights.down.unbind(0), down_biases, strict=True
+        )
         out = []
-        for expert, x in enumerate(of_expert):
-            up_bias = None if weights.up_bias is None else weights.up_bias[expert]
-            down_bias = None if weights.down_bias is None else weights.down_bias[expert]
-            hidden = functional.linear(x, weights.up[expert], up_bias)
-            out.append(functional.linear(weights.activate(hidden), weights.down[expert], down_bias))
-        return torch.cat([*out, torch.zeros_like(spare, dtype=out[0].dtype)])
+        for x, up, up_bias, down, down_bias in each:
+            hidden = F.linear(x, up, up_bias)
+            if weights.gated:
+                gate, value = hidden.chunk(2, dim=-1)
+                hidden = activate(gate) * value
+            else:
+                hidden = activate(hidden)
+            out.append(F.linear(hidden, down, down_bias))
+        spare = out[0].new_zeros(rows.shape[0] - sum(counts), weights.down.shape[1])
+        return torch.cat([*out, spare])
