@@ -8,15 +8,15 @@ import difflib
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 Activation = str | Callable[[Tensor], Tensor]
 
 
 def relu2(x: Tensor) -> Tensor:
     """`relu(x)^2` (So et al., Primer, arXiv:2109.08668)."""
-    return F.relu(x).square()
+    return functional.relu(x).square()
 
 
 def quick_gelu(x: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def quick_gelu(x: Tensor) -> Tensor:
 
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh approximation (Hendrycks and Gimpel, arXiv:1606.08415, section 2)."""
-    return F.gelu(x, approximate="tanh")
+    return functional.gelu(x, approximate="tanh")
 
 
 def identity(x: Tensor) -> Tensor:
@@ -35,16 +35,16 @@ def identity(x: Tensor) -> Tensor:
 
 
 _BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
+    "gelu": functional.gelu,
     "gelu_tanh": gelu_tanh,
     "identity": identity,
-    "leaky_relu": F.leaky_relu,
-    "mish": F.mish,
+    "leaky_relu": functional.leaky_relu,
+    "mish": functional.mish,
     "quick_gelu": quick_gelu,
-    "relu": F.relu,
+    "relu": functional.relu,
     "relu2": relu2,
     "sigmoid": torch.sigmoid,
-    "silu": F.silu,
+    "silu": functional.silu,
     "tanh": torch.tanh,
 }
 _ALIASES = {

@@ -41,6 +41,8 @@ class Experts(nn.Module):
         ValueError: a size is below 1, or the activation unknown.
     """
 
+    down_proj_bias: nn.Parameter | None
+
     def __init__(
         self,
         num_experts: int,

@@ -17,9 +17,9 @@ a row gets a gradient of exactly zero.
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
@@ -50,7 +50,7 @@ def grouped_mm(
 
 
 def as_linear_casts(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast to the dtype of the autocast in force, as it does for `F.linear`; float64 stays."""
+    """Cast to the dtype of the autocast in force, as it does for a linear layer; float64 stays."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -126,7 +126,7 @@ def _mm(rows: Tensor, weights: Tensor, rows_per_expert: Tensor) -> Tensor:
     # which leaves out= alone, cannot change the dtype when a backward pass runs inside of it.
     out = rows.new_empty(rows.shape[0], weights.shape[1])
     stop = 0
-    for expert, start, stop in blocks(rows_per_expert, rows.shape[0]):  # noqa: B007
+    for expert, start, stop in blocks(rows_per_expert, rows.shape[0]):
         matrix, size = weights[expert].t(), padded(stop - start, rows)
         if size == stop - start:
             torch.mm(rows[start:stop], matrix, out=out[start:stop])
@@ -159,7 +159,7 @@ def _mm_on_cuda(rows: Tensor, weights: Tensor, rows_per_expert: Tensor) -> Tenso
     if not _kernel_takes(rows, matrices):
         return _mm._init_fn(rows, weights, rows_per_expert)
     ends = rows_per_expert.cumsum(0, dtype=torch.int32)
-    out = F.grouped_mm(rows, matrices, offs=ends)
+    out = functional.grouped_mm(rows, matrices, offs=ends)
     # The kernel leaves spare rows unwritten. How many there are is known to the device alone.
     spare = torch.arange(rows.shape[0], device=rows.device) >= ends[-1]
     return out.masked_fill_(spare.unsqueeze(1), 0.0)
@@ -171,7 +171,7 @@ def _outer_on_cuda(left: Tensor, right: Tensor, rows_per_expert: Tensor) -> Tens
     if not _kernel_takes(left.t(), right):
         return _outer._init_fn(left, right, rows_per_expert)
     ends = rows_per_expert.cumsum(0, dtype=torch.int32)
-    out = F.grouped_mm(left.t(), right, offs=ends)
+    out = functional.grouped_mm(left.t(), right, offs=ends)
     return out.masked_fill_((rows_per_expert == 0).reshape(-1, 1, 1), 0.0)
 
 

@@ -39,6 +39,6 @@ class _Ride(torch.autograd.Function):
         return y.detach()
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors
-        return grad, torch.ones_like(loss)
+        return grads[0], torch.ones_like(loss)

@@ -1,7 +1,7 @@
 """What a backend is: a way to compute experts on rows.
 
 Shapes: `rows dim` in and out, sorted by expert; `experts` experts of hidden `width`; `wide` is
-`2 * width` for gated experts (the gate's rows first, then what it gates) and `width` for plain ones.
+`width` for plain experts and `2 * width` for gated ones (the gate's rows, then what it gates).
 
     plain:  y = down @ activation(up @ x)
     gated:  y = down @ (activation(up[:width] @ x) * (up[width:] @ x))

@@ -101,7 +101,7 @@ def _room(rows: Tensor, experts: int) -> int:
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
     if bias is None:
         return torch.mm(x, matrix.t(), out=out)
-    # One operation, so that a low-precision sum is rounded once, as in F.linear.
+    # One operation, so that a low-precision sum is rounded once, as in functional.linear.
     return torch.addmm(bias, x, matrix.t(), out=out)
 
 
@@ -126,21 +126,20 @@ def _mlp(
     for expert, own, place in _placed(rows_per_expert, rows):
         size = place.stop - place.start
         x = stretched(rows[own], size)
-
-        def first_product(half: int) -> Tensor:
-            product = kept[half][place] if keep else rows.new_empty(size, width)  # noqa: B023
+        halves = []
+        for half, buffer in enumerate(kept[: 1 + gated]):
+            product = buffer[place] if keep else rows.new_empty(size, width)
             part = slice(half * width, (half + 1) * width)
-            bias = None if up_bias is None else up_bias[expert, part]  # noqa: B023
-            return _linear(x, up[expert, part], bias, product)  # noqa: B023
-
-        pre = first_product(0)
-        hidden = activate(pre, out=torch.empty_like(pre))
+            bias = None if up_bias is None else up_bias[expert, part]
+            halves.append(_linear(x, up[expert, part], bias, product))
+        hidden = activate(halves[0], out=torch.empty_like(halves[0]))
         if gated:
-            hidden.mul_(first_product(1))
-        result = out[own] if size == own.stop - own.start else out.new_empty(size, out.shape[1])
+            hidden.mul_(halves[1])
+        count = own.stop - own.start
+        result = out[own] if size == count else out.new_empty(size, out.shape[1])
         _linear(hidden, down[expert], None if down_bias is None else down_bias[expert], result)
-        if result.data_ptr() != out[own].data_ptr():
-            out[own].copy_(result[: own.stop - own.start])
+        if size != count:
+            out[own].copy_(result[:count])
     out[own.stop :].zero_()
     for part in kept:
         part[place.stop :].zero_()
@@ -192,8 +191,11 @@ def _mlp_backward(
         if for_up:
             torch.mm(of_first.t(), x, out=grad_up[expert])
         if for_rows:
-            of_x = torch.mm(of_first, up[expert], out=torch.empty_like(x))
-            grad_rows[own].copy_(of_x[: own.stop - own.start])
+            count = own.stop - own.start
+            of_x = grad_rows[own] if size == count else torch.empty_like(x)
+            torch.mm(of_first, up[expert], out=of_x)
+            if size != count:
+                grad_rows[own].copy_(of_x[:count])
     for t in grads[1:]:
         t[before:].zero_()
     grad_rows[own.stop :].zero_()
@@ -232,10 +234,10 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(rows, counts, up, down, pre, value)
 
 
-def _differentiate(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx, grad: Tensor | None, of_pre: None, of_value: None) -> tuple:
     if grad is None:
         return (None,) * 9
-    rows, _, up, down, up_bias, down_bias, *_ = ctx.needs_input_grad
+    rows, _, up, down, up_bias, down_bias = ctx.needs_input_grad[:6]
     wanted = [rows, up, down, up_bias, down_bias]
     grads = _mlp_backward(grad, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
     found = [t if w else None for t, w in zip(grads, wanted, strict=True)]

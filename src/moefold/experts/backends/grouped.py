@@ -6,9 +6,9 @@ without waiting for the device where torch's grouped kernel takes the tensors (s
 
 from typing import final
 
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from moefold.experts import activations
 from moefold.experts.backends.base import AbstractBackend, ExpertWeights
@@ -49,5 +49,5 @@ def _linear(rows: Tensor, matrices: Tensor, bias: Tensor | None, counts: Tensor)
     # The bias of every row, as a product of depth 8 (16 bytes of bfloat16, what the CUDA kernel
     # needs) in which only the first column is not zero. Exact; its gradient is a sum that a matrix
     # product accumulates in float32, which scattering bfloat16 would not; spare rows get zero.
-    first = F.pad(rows.new_ones(rows.shape[0], 1), (0, 7))
-    return product + grouped_mm(first, F.pad(bias.unsqueeze(2), (0, 7)), counts)
+    first = functional.pad(rows.new_ones(rows.shape[0], 1), (0, 7))
+    return product + grouped_mm(first, functional.pad(bias.unsqueeze(2), (0, 7)), counts)

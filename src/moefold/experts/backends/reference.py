@@ -6,9 +6,9 @@ Shapes: see `base`. Any dtype, any device, any activation; slow where there are 
 from typing import final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from moefold.experts import activations
 from moefold.experts.backends.base import AbstractBackend, ExpertWeights
@@ -44,12 +44,12 @@ class ReferenceBackend(AbstractBackend):
         )
         out = []
         for x, up, up_bias, down, down_bias in each:
-            hidden = F.linear(x, up, up_bias)
+            hidden = functional.linear(x, up, up_bias)
             if weights.gated:
                 gate, value = hidden.chunk(2, dim=-1)
                 hidden = activate(gate) * value
             else:
                 hidden = activate(hidden)
-            out.append(F.linear(hidden, down, down_bias))
+            out.append(functional.linear(hidden, down, down_bias))
         spare = out[0].new_zeros(rows.shape[0] - sum(counts), weights.down.shape[1])
         return torch.cat([*out, spare])
