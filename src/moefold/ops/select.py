@@ -44,7 +44,7 @@ def top(
         last = scores.topk(min(count, size), dim, sorted=False).values.amin(dim, keepdim=True)
     else:
         count = per_group(count, scores)
-        ordered = scores.topk(size if most is None else min(most, size), dim).values
+        ordered = scores.topk(size if most is None else min(max(most, 1), size), dim).values
         last = last_taken(ordered, count, dim)
     marked = mark(scores, last, count, dim)
     return marked if valid is None else marked & valid
@@ -101,10 +101,8 @@ def within_capacity(
     else:
         order, asked = None, wanted
     choices = torch.arange(most_choices, device=scores.device).reshape(1, -1, 1, 1)
-    arriving = (place.unsqueeze(1) == choices) & asked.unsqueeze(
-        1
-    )  # groups choices members experts
-    queue = arriving.flatten(1, 2)
+    arriving = (place.unsqueeze(1) == choices) & asked.unsqueeze(1)
+    queue = arriving.flatten(1, 2)  # [groups, choices * members, experts]: first choices first
     room = capacity if isinstance(capacity, int) else per_group(capacity, queue)
     kept = (queue & (queue.cumsum(1) <= room)).reshape(arriving.shape).any(1)
     return kept if order is None else torch.zeros_like(kept).scatter(1, order, kept)

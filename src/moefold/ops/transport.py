@@ -75,7 +75,7 @@ def project_sparse_simplex(
         most = count
         count = torch.full(x.shape[:1], count, device=x.device)
     count = per_group(count, x)
-    ordered = x.topk(size if most is None else min(most, size), -1).values
+    ordered = x.topk(size if most is None else min(max(most, 1), size), -1).values
     place = torch.arange(1, ordered.shape[-1] + 1, device=x.device)
     taken = (place <= count) & (ordered > -torch.inf)
     total = ordered.masked_fill(~taken, 0.0).cumsum(-1)
