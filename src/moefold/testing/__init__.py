@@ -7,12 +7,15 @@
 Registered members are run through them by moefold's own tests; these functions are for yours.
 """
 
+from moefold.testing.backends import BACKEND_CHECKS, check_backend
 from moefold.testing.contract import Report, without_a_case
 from moefold.testing.routers import ROUTER_CHECKS, check_router
 
 __all__ = [
+    "BACKEND_CHECKS",
     "ROUTER_CHECKS",
     "Report",
+    "check_backend",
     "check_router",
     "without_a_case",
 ]

@@ -13,13 +13,14 @@ from typing import Self, final
 import jaxtyping
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from moefold.record import AbstractRouted
-from moefold.routing import Grouping, Routing, SoftRouting, SparseRouting
+from moefold.routers import AbstractRouter
+from moefold.routing import Group, Grouping, Routing, SoftRouting, SparseRouting
 
-# In float64 the checks compare numbers of order 1 that come of a few hundred operations: rounding is
-# below 1e-12, and what a mistake changes is above 1e-4.
+# In float64 the checks compare numbers of order 1 that come of a few hundred operations: rounding
+# is below 1e-12, and what a mistake changes is above 1e-4.
 CLOSE = 1e-9
 
 
@@ -60,25 +61,26 @@ class RouterCase:
         device: where to run.
     """
 
-    make: Callable[[int, int], nn.Module]
+    make: Callable[[int, int], AbstractRouter]
     dim: int
     num_experts: int
     ids: bool
     compile: bool
     device: str
 
-    def router(self, *, training: bool = False, dtype: torch.dtype = torch.float64) -> nn.Module:
+    def router(
+        self, *, training: bool = False, dtype: torch.dtype = torch.float64
+    ) -> AbstractRouter:
         """A new router, the same on every call; one that adapts has adapted once."""
         torch.manual_seed(0)
         router = self.make(self.dim, self.num_experts).to(self.device, dtype)
-        if callable(getattr(router, "update", None)):
-            with torch.no_grad():
-                router.update([route(router.train(), self.batch(2, 6, dtype=dtype))])
+        with torch.no_grad():
+            router.update([route(router.train(), self.batch(2, 6, dtype=dtype))])
         return router.train(training)
 
-    def group(self) -> object:
+    def group(self) -> Group:
         """Which tokens compete."""
-        return getattr(self.make(self.dim, self.num_experts), "group", "sequence")
+        return self.make(self.dim, self.num_experts).group
 
     def batch(
         self, batch: int, tokens: int, *, seed: int = 1, dtype: torch.dtype = torch.float64
@@ -109,7 +111,7 @@ def ragged(x: Tensor, shares: tuple[float, ...]) -> Bool[Tensor, "batch tokens"]
     return torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)
 
 
-def route(router: nn.Module, batch: Batch, *, seed: int = 0) -> Routing:
+def route(router: AbstractRouter, batch: Batch, *, seed: int = 0) -> Routing:
     """Route a batch, from a fixed random state: noise is the same in every call."""
     torch.manual_seed(seed)
     given = (batch.x, batch.mask) if batch.ids is None else (batch.x, batch.mask, batch.ids)
@@ -185,7 +187,7 @@ def group_of_token(grouping: Grouping, device: str) -> Int[Tensor, "batch tokens
 
 @contextmanager
 def untyped() -> Iterator[None]:
-    """Switch jaxtyping's checks off: where they are on, they see a wrong shape before the router."""
+    """Switch jaxtyping's checks off: where they are on, they see bad input before the router."""
     before = jaxtyping.config.jaxtyping_disable
     jaxtyping.config.update("jaxtyping_disable", True)
     try:

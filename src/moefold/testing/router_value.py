@@ -6,10 +6,11 @@ Shapes: `batch tokens dim` in; a portrait of a routing is `batch tokens maps exp
 from dataclasses import replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moefold.losses import losses
 from moefold.metrics import load, metrics
+from moefold.routers import AbstractRouter
 from moefold.routing import Grouping, Routing, SoftRouting, SparseRouting
 from moefold.testing.probe import (
     Batch,
@@ -22,7 +23,6 @@ from moefold.testing.probe import (
     ragged,
     route,
     same_routing,
-    toy_experts,
 )
 
 
@@ -133,7 +133,7 @@ def relabelling_experts(case: RouterCase) -> str | None:
 def permuting_tokens(case: RouterCase) -> str | None:
     """Tokens that change places within their group keep their routing."""
     router = case.router()
-    if getattr(router, "reach", None) == "past":
+    if router.reach == "past":
         return "a router that looks at the past depends on the order"
     for batch in case.batches():
         routing = route(router, batch)
@@ -150,7 +150,7 @@ def permuting_tokens(case: RouterCase) -> str | None:
 
 def reach_is_honest(case: RouterCase) -> str | None:
     """Nothing beyond the declared reach changes what comes back for a token."""
-    reach = getattr(case.router(), "reach", None)
+    reach = case.router().reach
     allowed = ("token", "past", "group", "batch")
     assert reach in allowed, f"reach is {reach!r}; it must be one of {', '.join(allowed)}"
     if reach == "batch":
@@ -169,7 +169,7 @@ def reach_is_honest(case: RouterCase) -> str | None:
 def causality_is_honest(case: RouterCase) -> str | None:
     """If the router says it is causal, later tokens of a sequence change no earlier one."""
     router = case.router()
-    if not getattr(router, "is_causal", False):
+    if not router.is_causal:
         return "the router says that it is not causal"
     for training in (False, True):
         router = case.router(training=training)
@@ -202,7 +202,7 @@ def _beyond(reach: str, grouping: Grouping, device: str) -> Tensor:
 
 
 def _unmoved(
-    router: nn.Module,
+    router: AbstractRouter,
     batch: Batch,
     changed: Tensor,
     scale: float,
@@ -229,14 +229,14 @@ def padding_gets_no_row(case: RouterCase) -> str | None:
     for training in (False, True):
         router = case.router(training=training)
         for batch in case.batches():
-            mask = torch.zeros(batch.x.shape[:2], dtype=torch.bool, device=case.device)
-            for mask in (mask, batch.mask):
-                if mask is not None:
-                    _ignores_padding(router, replace(batch, mask=mask))
+            nobody = torch.zeros(batch.x.shape[:2], dtype=torch.bool, device=case.device)
+            _ignores_padding(router, replace(batch, mask=nobody))
+            if batch.mask is not None:
+                _ignores_padding(router, batch)
     return None
 
 
-def _ignores_padding(router: nn.Module, batch: Batch) -> None:
+def _ignores_padding(router: AbstractRouter, batch: Batch) -> None:
     assert batch.mask is not None, "the caller gives one"
     clean = route(router, batch)
     assert (portrait(clean)[~batch.mask] == 0).all(), "a padding token has a row or a weight"
@@ -255,7 +255,7 @@ def _ignores_padding(router: nn.Module, batch: Batch) -> None:
             assert torch.isfinite(gradient).all(), f"{name} in the padding reached {what}.grad"
 
 
-def _gradients(router: nn.Module, x: Tensor) -> list[tuple[str, Tensor]]:
+def _gradients(router: AbstractRouter, x: Tensor) -> list[tuple[str, Tensor]]:
     named = [("x", x), *router.named_parameters()]
     return [(name, tensor.grad) for name, tensor in named if tensor.grad is not None]
 
@@ -277,9 +277,8 @@ def padding_counts_nowhere(case: RouterCase) -> str | None:
 
     one = case.batch(1, 8, seed=4)
     mask = ragged(one.x, (0.6,))
-    members = mask
     padded = route(router, replace(one, mask=mask))
-    short = route(router, _only(one, members, Grouping("sequence", 1, 8)))
+    short = route(router, _only(one, mask, Grouping("sequence", 1, 8)))
     _same_statistics(padded, short)
     return None
 

@@ -9,9 +9,7 @@ Shapes: `batch tokens dim` in, a routing out. Sizes are small, odd and unlike ea
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
-
-from moefold.routers import RouterConfig
+from moefold.routers import AbstractRouter, RouterConfig
 from moefold.testing import router_training as training
 from moefold.testing import router_value as value
 from moefold.testing.contract import Check, Report, run
@@ -45,7 +43,7 @@ ROUTER_CHECKS: dict[str, Check[RouterCase]] = {
 
 
 def check_router(
-    router: str | RouterConfig | Callable[..., nn.Module],
+    router: str | RouterConfig | Callable[..., AbstractRouter],
     *,
     settings: Mapping[str, Any] | None = None,
     exceptions: Mapping[str, str] | None = None,
@@ -58,7 +56,7 @@ def check_router(
     """Run the whole contract of `ROUTER_CHECKS` on a router.
 
     Args:
-        router: a registered name, a configuration, or a factory `(dim, num_experts) -> module`
+        router: a registered name, a configuration, or a factory `(dim, num_experts) -> router`
             (a class derived from `AbstractRouter` is one).
         settings: given to the factory besides.
         exceptions: invariants that the router is known not to keep, name to reason. What it looks
@@ -82,7 +80,7 @@ def check_router(
     elif isinstance(router, str):
         router = RouterConfig(router, settings)
 
-    def make(dim: int, num_experts: int) -> nn.Module:
+    def make(dim: int, num_experts: int) -> AbstractRouter:
         if isinstance(router, RouterConfig):
             return router.build(dim, num_experts)
         return router(dim, num_experts, **settings)
@@ -90,6 +88,11 @@ def check_router(
     case = RouterCase(
         make=make, dim=dim, num_experts=num_experts, ids=ids, compile=compile, device=device
     )
-    make(dim, num_experts)  # settings that do not fit raise here, by themselves
-    subject = getattr(router, "__name__", str(router))
+    made = make(dim, num_experts)  # settings that do not fit raise here, by themselves
+    if not isinstance(made, AbstractRouter):
+        raise ValueError(
+            f"the factory made a {type(made).__name__}; a router derives from "
+            "moefold.routers.AbstractRouter and calls super().__init__(dim, num_experts)."
+        )
+    subject = str(router) if isinstance(router, RouterConfig) else type(made).__name__
     return run(f"router {subject}", ROUTER_CHECKS, case, exceptions)
