@@ -174,10 +174,14 @@ class MoE(AbstractRouted):
 
     def _shared(self, x: Tensor, mask: Tensor | None) -> Tensor:
         assert self.shared is not None, "the caller checks it"
+        padding = None if mask is None else ~mask.unsqueeze(-1)
+        if padding is not None:
+            # Padding may hold NaN, and zero times NaN would reach the weights' gradient.
+            x = x.masked_fill(padding, 0.0)
         flat = x.flatten(0, 1)
         count = torch.full((1,), flat.shape[0], device=x.device)
         out = self.shared(flat, count, backend=self.backend).reshape(x.shape)
-        return out if mask is None else out.masked_fill(~mask.unsqueeze(-1), 0.0)
+        return out if padding is None else out.masked_fill(padding, 0.0)
 
 
 def set_loss_scale(model: nn.Module, scale: float) -> None:
