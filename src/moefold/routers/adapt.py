@@ -1,12 +1,13 @@
 """What a router learns without gradient: a bias, a threshold, the strength of a penalty.
 
-Each rule owns one tensor, the router's `state` (a buffer, always float32). The forward pass only
+Each rule owns one tensor, the router's `state` (a buffer, float32 or better). The forward pass only
 reads it. `update` computes the next one from the routings of an optimiser step; it is a function
 and changes nothing itself.
 
 Shapes: a state is ` experts` or a scalar; routings are those of `batch tokens` each.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
@@ -63,8 +64,9 @@ class BiasBalance:
     def update(self, state: Tensor, routings: Sequence[SparseRouting]) -> Tensor:
         load = torch.stack([r.rows_per_expert for r in routings]).sum(0).to(state)
         short = load.mean() - load
-        step = short.sign() if self.rule == "sign" else short / load.mean().clamp_min(1)
-        return state + self.rate * step
+        if self.rule == "sign":
+            return state + self.rate * short.sign()
+        return state + self.rate * short / torch.where(load.mean() > 0, load.mean(), 1.0)
 
     def shift(self, scores: Tensor, state: Tensor) -> Tensor:
         return scores + state.to(scores.dtype)
@@ -98,7 +100,7 @@ class RunningThreshold:
     def update(self, state: Tensor, routings: Sequence[SparseRouting]) -> Tensor:
         scores = torch.cat([real_scores(r).reshape(-1) for r in routings])
         tokens = sum(real_scores(r).shape[0] for r in routings)
-        count = min(round(self.budget * tokens), scores.numel())
+        count = min(math.floor(self.budget * tokens + 0.5), scores.numel())  # as TopPairs does
         if count == 0:
             return state
         ordered = scores.sort(descending=True).values
@@ -137,6 +139,8 @@ class AdaptiveL1:
     def update(self, state: Tensor, routings: Sequence[SparseRouting]) -> Tensor:
         active = torch.stack([r.rows_per_expert.sum() for r in routings]).sum()
         tokens = sum(real_scores(r).shape[0] for r in routings)
+        if tokens == 0:
+            return state
         too_dense = active > self.k * tokens
         return torch.where(too_dense, state * self.factor, state / self.factor)
 
