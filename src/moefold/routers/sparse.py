@@ -115,13 +115,18 @@ class SparseRouter(AbstractRouter):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """LeCun normal, as V-MoE; orthogonal of gain 0.32 for the experts of cosine logits."""
+        """LeCun normal, as V-MoE; orthogonal of gain 0.32 for the experts of cosine logits.
+
+        The state starts again as well.
+        """
         if self.recipe.cosine is None:
             nn.init.normal_(self.weight, std=self.dim**-0.5)
         else:
             nn.init.orthogonal_(self.weight, gain=0.32)
             nn.init.normal_(self.projection, std=self.dim**-0.5)
             nn.init.constant_(self.temperature, self.recipe.cosine.temperature)
+        if self.recipe.adapt is not None and self.state is not None:
+            self.state.copy_(self.recipe.adapt.initial(self.num_experts))
 
     def forward(
         self,
@@ -195,5 +200,6 @@ class SparseRouter(AbstractRouter):
         super()._apply(fn, recurse)
         if before is not None and self.state is not None:
             kept = self.state if before.is_meta or self.state.is_meta else before
-            self.state = kept.to(device=self.state.device, dtype=torch.float32)
+            dtype = torch.promote_types(self.state.dtype, torch.float32)
+            self.state = kept.to(device=self.state.device, dtype=dtype)
         return self
