@@ -1,4 +1,4 @@
-"""Transport plans: marginals, worked examples, and the best of all possible answers on tiny sizes."""
+"""Transport plans: marginals, worked examples, and the best of all answers on tiny sizes."""
 
 from itertools import combinations, product
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import jaxtyping
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moefold import routers
 from moefold.routers import AbstractRouter, SparseRouter
@@ -76,7 +76,7 @@ def build(name: str, *, experts: int = EXPERTS, dim: int = DIM, **settings: Any)
     """A router in float64, its logits spread enough for tokens to differ."""
     router = routers.build(name, dim=dim, num_experts=experts, **settings).double()
     if name == "relu":  # adaptation has barely begun: an L1 that counts shows mistakes
-        router.state.fill_(0.5)
+        state_of(router).fill_(0.5)
     return router
 
 
@@ -87,6 +87,13 @@ def exact(name: str, experts: int, **settings: Any) -> SparseRouter:
     with torch.no_grad():
         router.weight.copy_(torch.eye(experts))
     return router
+
+
+def state_of(router: nn.Module) -> Tensor:
+    """What the router adapts."""
+    assert isinstance(router, SparseRouter)
+    assert router.state is not None
+    return router.state
 
 
 def route(router: AbstractRouter, given: Batch) -> SparseRouting | SoftRouting:

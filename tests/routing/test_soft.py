@@ -137,9 +137,7 @@ def test_rows_keep_their_dtype():
     assert routing.combine(rows).flatten().tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize(
-    ("batch", "tokens"), [(2, 0), (0, 3)], ids=["no tokens", "no sequences"]
-)
+@pytest.mark.parametrize(("batch", "tokens"), [(2, 0), (0, 3)], ids=["no tokens", "no sequences"])
 def test_nothing_mixes_into_nothing(batch, tokens):
     routing = random_routing("sequence", batch, tokens)
     rows = routing.dispatch(torch.randn(batch, tokens, 5, dtype=torch.float64))
