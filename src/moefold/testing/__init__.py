@@ -9,13 +9,16 @@ Registered members are run through them by moefold's own tests; these functions 
 
 from moefold.testing.backends import BACKEND_CHECKS, check_backend
 from moefold.testing.contract import Report, without_a_case
+from moefold.testing.layers import LAYER_CHECKS, check_layer
 from moefold.testing.routers import ROUTER_CHECKS, check_router
 
 __all__ = [
     "BACKEND_CHECKS",
+    "LAYER_CHECKS",
     "ROUTER_CHECKS",
     "Report",
     "check_backend",
+    "check_layer",
     "check_router",
     "without_a_case",
 ]

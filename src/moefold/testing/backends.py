@@ -2,26 +2,30 @@
 
     moefold.testing.check_backend("grouped")
 
-Shapes: `rows dim` in and out, sorted by expert.
-
-How close is close: both the backend and the reference loop are measured against the reference in
-float64 on the same numbers. A backend may be as far from it as `SLACK` times what the reference
-loop is in the same dtype, because summing in another order changes rounding by a small factor and a
-mistake by orders of magnitude. Errors are relative to the largest number of a tensor.
+Shapes: `rows dim` in and out, sorted by expert. How close is close: see `testing.problems`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefold.experts import AbstractBackend, ExpertWeights, activations, backends
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.testing.contract import Check, Report, run
+from moefold.testing.problems import (
+    SLACK,
+    Problem,
+    equals_reference,
+    error_of,
+    floor,
+    problem,
+    solve,
+    tensors_of,
+)
 
-SLACK = 4.0
 # (counts of rows, dim, width): odd and even, wide enough for a sum to round, with empty experts
 # first, last and in between.
 SIZES = (
@@ -40,121 +44,16 @@ class BackendCase:
     device: str
     compile: bool = False
 
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Problem:
-    """Rows of some experts, their weights, and the gradient that comes back."""
-
-    rows: Float[Tensor, "rows dim"]
-    counts: Int[Tensor, " experts"]
-    weights: ExpertWeights
-    back: Float[Tensor, "rows dim"]
-
-    def to(self, dtype: torch.dtype) -> "Problem":
-        """The same numbers in another dtype, as leaves that want a gradient."""
-        moved = {name: leaf(tensor, dtype) for name, tensor in tensors_of(self.weights).items()}
-        weights = replace(self.weights, **moved)
-        rows = leaf(self.rows, dtype)
-        return replace(self, rows=rows, weights=weights, back=self.back.to(dtype))
-
-    def leaves(self) -> dict[str, Tensor]:
-        """Everything a gradient may be asked for."""
-        return {"rows": self.rows, **tensors_of(self.weights)}
-
-
-def leaf(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A copy that wants a gradient."""
-    return tensor.detach().to(dtype, copy=True).requires_grad_()
-
-
-def tensors_of(weights: ExpertWeights) -> dict[str, Tensor]:
-    """The parameters that are there, by name."""
-    named = ((field.name, getattr(weights, field.name)) for field in fields(weights))
-    return {name: value for name, value in named if isinstance(value, Tensor)}
-
-
-def problem(
-    case: BackendCase,
-    counts: Sequence[int],
-    dim: int,
-    width: int,
-    *,
-    gated: bool = True,
-    bias: bool = True,
-    activation: str = "silu",
-    spare: int = 0,
-) -> Problem:
-    """Random numbers, rounded to bfloat16 so that every dtype starts from the same ones."""
-
-    def draw(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(*shape) * scale).bfloat16().double().to(case.device)
-
-    experts, wide = len(counts), 2 * width if gated else width
-    rows = sum(counts) + spare
-    weights = ExpertWeights(
-        up=draw(experts, wide, dim, scale=dim**-0.5),
-        down=draw(experts, dim, width, scale=width**-0.5),
-        up_bias=draw(experts, wide) if bias else None,
-        down_bias=draw(experts, dim) if bias else None,
-        gated=gated,
-        activation=activation,
-    )
-    return Problem(
-        rows=draw(rows, dim),
-        counts=torch.tensor(counts, device=case.device),
-        weights=weights,
-        back=draw(rows, dim),
-    )
-
-
-def solve(backend: AbstractBackend, given: Problem) -> dict[str, Tensor]:
-    """The result and every gradient."""
-    y = backend.compute(given.rows, given.counts, given.weights)
-    assert y.shape == given.rows.shape, f"{tuple(given.rows.shape)} became {tuple(y.shape)}"
-    y.backward(given.back.to(y.dtype))
-    gradients = {f"gradient of {name}": tensor.grad for name, tensor in given.leaves().items()}
-    missing = [name for name, gradient in gradients.items() if gradient is None]
-    assert not missing, f"there is no {', no '.join(missing)}"
-    return {"result": y.detach(), **{name: g for name, g in gradients.items() if g is not None}}
-
-
-def equals_reference(case: BackendCase, given: Problem, dtype: torch.dtype, what: str) -> None:
-    """Raise unless the backend is as close to the definition as the reference loop is."""
-    truth = solve(ReferenceBackend(), given.to(torch.float64))
-    plain = solve(ReferenceBackend(), given.to(dtype))
-    for name, got in solve(case.backend, given.to(dtype)).items():
-        assert got.dtype == plain[name].dtype, f"{what}: {name} is {got.dtype}, not {dtype}"
-        error, usual = _error(got, truth[name]), _error(plain[name], truth[name])
-        limit = SLACK * usual + _floor(dtype)
-        assert error <= limit, (
-            f"{what}: {name} is off by {error:.2g} of its largest number; the reference loop in "
-            f"{str(dtype).removeprefix('torch.')} is off by {usual:.2g}"
-        )
-
-
-def _floor(dtype: torch.dtype) -> float:
-    """What a result may be off by even if the reference loop happens to be exact.
-
-    Half precision is summed in float32 and rounded once or twice. The others round at every one of
-    up to some 200 terms, and such errors grow with the square root of their number.
-    """
-    roundings = 2 if dtype in (torch.bfloat16, torch.float16) else 16
-    return roundings * torch.finfo(dtype).eps
-
-
-def _error(got: Tensor, truth: Tensor) -> float:
-    if truth.numel() == 0:
-        return 0.0
-    scale = truth.abs().max().clamp_min(1e-30)
-    # NaN compares false with everything, so that it fails every limit.
-    return float((got.double() - truth).abs().max() / scale)
+    def problem(self, counts: Sequence[int], dim: int, width: int, **kind: Any) -> Problem:
+        """A random problem where the case runs; see `problems.problem`."""
+        return problem(counts, dim, width, device=self.device, **kind)
 
 
 def _kinds(case: BackendCase, dtype: torch.dtype) -> Iterator[tuple[str, Problem]]:
     for counts, dim, width in SIZES:
         for gated in (False, True):
             for bias in (False, True):
-                given = problem(case, counts, dim, width, gated=gated, bias=bias)
+                given = case.problem(counts, dim, width, gated=gated, bias=bias)
                 what = f"{'gated' if gated else 'plain'}, {'biases, ' if bias else ''}{dim} wide"
                 if not _reasons(case, given.to(dtype)):
                     yield f"{what}, rows {list(counts)}", given
@@ -167,11 +66,11 @@ def _reasons(case: BackendCase, given: Problem) -> list[str]:
 def _in_dtype(case: BackendCase, dtype: torch.dtype) -> str | None:
     ran = False
     for what, given in _kinds(case, dtype):
-        equals_reference(case, given, dtype, what)
+        equals_reference(case.backend, given, dtype, what)
         ran = True
     if ran:
         return None
-    return "; ".join(_reasons(case, problem(case, *SIZES[0]).to(dtype)))
+    return "; ".join(_reasons(case, case.problem(*SIZES[0]).to(dtype)))
 
 
 def in_float32(case: BackendCase) -> str | None:
@@ -196,7 +95,7 @@ def _any_runs(case: BackendCase, problems: Iterable[tuple[str, Problem]]) -> str
         reasons = _reasons(case, given.to(torch.float32))
         refused += reasons
         if not reasons:
-            equals_reference(case, given, torch.float32, what)
+            equals_reference(case.backend, given, torch.float32, what)
             ran = True
     return None if ran else "; ".join(dict.fromkeys(refused))
 
@@ -206,27 +105,27 @@ def every_activation(case: BackendCase) -> str | None:
     problems = []
     for name in activations.names():
         for gated in (False, True):
-            given = problem(case, (9, 0, 14), 12, 10, gated=gated, activation=name)
+            given = case.problem((9, 0, 14), 12, 10, gated=gated, activation=name)
             problems.append((f"{name}{', gated' if gated else ''}", given))
-    given = problem(case, (9, 0, 14), 12, 10)
+    given = case.problem((9, 0, 14), 12, 10)
     own = replace(given, weights=replace(given.weights, activation=torch.sin))
     return _any_runs(case, [*problems, ("a function as activation", own)])
 
 
 def no_rows(case: BackendCase) -> str | None:
     """No rows at all: an empty result, and zero gradients."""
-    return _any_runs(case, [("no rows", problem(case, (0, 0, 0), 8, 6))])
+    return _any_runs(case, [("no rows", case.problem((0, 0, 0), 8, 6))])
 
 
 def one_expert_has_all(case: BackendCase) -> str | None:
     """All rows at the first, the middle, the last expert, or at the only one."""
     counts = ((50, 0, 0), (0, 50, 0), (0, 0, 50), (50,))
-    return _any_runs(case, [(f"rows {list(c)}", problem(case, c, 8, 6)) for c in counts])
+    return _any_runs(case, [(f"rows {list(c)}", case.problem(c, 8, 6)) for c in counts])
 
 
 def empty_experts_learn_nothing(case: BackendCase) -> str | None:
     """The gradient of an expert without a row is exactly zero."""
-    given = problem(case, (0, 21, 0, 30, 0), 16, 8).to(torch.float32)
+    given = case.problem((0, 21, 0, 30, 0), 16, 8).to(torch.float32)
     if reasons := _reasons(case, given):
         return "; ".join(reasons)
     solve(case.backend, given)
@@ -240,7 +139,7 @@ def empty_experts_learn_nothing(case: BackendCase) -> str | None:
 
 def spare_rows(case: BackendCase) -> str | None:
     """Rows past the last expert's come back as zero and touch no gradient, even if they are NaN."""
-    given = problem(case, (6, 0, 11, 3), 16, 8, spare=9)
+    given = case.problem((6, 0, 11, 3), 16, 8, spare=9)
     if reasons := _reasons(case, given.to(torch.float32)):
         return "; ".join(reasons)
     used = int(given.counts.sum())
@@ -255,7 +154,7 @@ def spare_rows(case: BackendCase) -> str | None:
                 assert (tensor[used:] == 0).all(), f"the {name} of a spare row is not zero"
                 tensor = tensor[:used]
             # As many roundings as in the reference; a spare row would add numbers of order 1.
-            assert _error(tensor, want[name].double()) < 1e-5, (
+            assert error_of(tensor, want[name].double()) < 1e-5, (
                 f"spare rows{' of NaN' if filled != filled else ''} change the {name}"
             )
     return None
@@ -263,7 +162,7 @@ def spare_rows(case: BackendCase) -> str | None:
 
 def any_strides(case: BackendCase) -> str | None:
     """Transposed rows and weights, and a gradient that is one number expanded."""
-    given = problem(case, (6, 0, 11), 16, 8).to(torch.float32)
+    given = case.problem((6, 0, 11), 16, 8).to(torch.float32)
     if reasons := _reasons(case, given):
         return "; ".join(reasons)
 
@@ -283,13 +182,13 @@ def any_strides(case: BackendCase) -> str | None:
         tensor.grad = None
     for name, tensor in solve(case.backend, other).items():
         # Other strides may sum in another order: a few roundings of float32.
-        assert _error(tensor, want[name].double()) < 1e-5, f"other strides change the {name}"
+        assert error_of(tensor, want[name].double()) < 1e-5, f"other strides change the {name}"
     return None
 
 
 def frozen_parts(case: BackendCase) -> str | None:
     """Gradients of some parts only, or of none, are those of all."""
-    given = problem(case, (6, 0, 11), 16, 8).to(torch.float32)
+    given = case.problem((6, 0, 11), 16, 8).to(torch.float32)
     if reasons := _reasons(case, given):
         return "; ".join(reasons)
     want = solve(case.backend, given)
@@ -303,16 +202,16 @@ def frozen_parts(case: BackendCase) -> str | None:
         got = given.leaves()[alone].grad
         assert got is not None, f"with only {alone} to be learnt, it gets no gradient"
         name = f"gradient of {alone}"
-        assert _error(got, want[name].double()) < 1e-5, f"alone, the {name} is another"
+        assert error_of(got, want[name].double()) < 1e-5, f"alone, the {name} is another"
     with torch.inference_mode():
         y = case.backend.compute(given.rows, given.counts, given.weights)
-    assert _error(y, want["result"].double()) < 1e-5, "inference mode changes the result"
+    assert error_of(y, want["result"].double()) < 1e-5, "inference mode changes the result"
     return None
 
 
 def inputs_stay(case: BackendCase) -> str | None:
     """Neither forward nor backward changes its inputs; the same again gives the same again."""
-    given = problem(case, (6, 0, 11), 16, 8).to(torch.float32)
+    given = case.problem((6, 0, 11), 16, 8).to(torch.float32)
     if reasons := _reasons(case, given):
         return "; ".join(reasons)
     before = {name: tensor.detach().clone() for name, tensor in given.leaves().items()}
@@ -328,7 +227,7 @@ def inputs_stay(case: BackendCase) -> str | None:
 
 def autocast(case: BackendCase) -> str | None:
     """Under autocast, float32 weights give the result of bfloat16 ones, as a linear layer does."""
-    given = problem(case, (26, 0, 31), 16, 24)
+    given = case.problem((26, 0, 31), 16, 24)
     kind = torch.device(case.device).type
     if reasons := _reasons(case, given.to(torch.float32)):
         return "; ".join(reasons)
@@ -339,8 +238,8 @@ def autocast(case: BackendCase) -> str | None:
         got = solve(case.backend, given.to(torch.float32))
     assert y.dtype == torch.bfloat16, f"the result is {y.dtype}, not bfloat16"
     for name, tensor in got.items():
-        limit = SLACK * _error(plain[name], truth[name]) + _floor(torch.bfloat16)
-        assert _error(tensor, truth[name]) <= limit, f"autocast gives another {name}"
+        limit = SLACK * error_of(plain[name], truth[name]) + floor(torch.bfloat16)
+        assert error_of(tensor, truth[name]) <= limit, f"autocast gives another {name}"
     return None
 
 
@@ -352,7 +251,7 @@ def compiles(case: BackendCase) -> str | None:
     """`torch.compile(fullgraph=True)` equals eager, values and gradients, spare rows included."""
     if not case.compile:
         return "it takes seconds; ask for it by compile=True"
-    given = problem(case, (6, 0, 11), 16, 8, spare=4)
+    given = case.problem((6, 0, 11), 16, 8, spare=4)
     refused: list[str] = []
 
     def compute(rows: Tensor, counts: Tensor, weights: ExpertWeights) -> Tensor:
@@ -372,7 +271,7 @@ def compiles(case: BackendCase) -> str | None:
         raise
     for name, tensor in fresh.leaves().items():
         assert tensor.grad is not None, f"compiling loses the gradient of {name}"
-        error = _error(tensor.grad, want[f"gradient of {name}"].double())
+        error = error_of(tensor.grad, want[f"gradient of {name}"].double())
         assert error < 1e-5, f"compiling changes the gradient of {name}"
     return None
 
