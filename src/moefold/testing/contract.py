@@ -76,7 +76,10 @@ def run(
             ran.append(name)
     if broken:
         lines = [f"{subject} breaks {len(broken)} of {len(checks)} invariants:"]
-        lines += [f"  {name}: {_words(error)}" for name, error in broken.items()]
+        alike: dict[str, list[str]] = {}  # one crash breaks many invariants: say it once
+        for name, error in broken.items():
+            alike.setdefault(_words(error), []).append(name)
+        lines += [f"  {', '.join(names)}: {words}" for words, names in alike.items()]
         raise AssertionError("\n".join(lines)) from next(iter(broken.values()))
     return Report(subject, tuple(ran), skipped)
 
