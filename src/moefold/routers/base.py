@@ -13,6 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moefold.routing import Group, Grouping, Routing
+from moefold.routing.grouping import check_group
 
 Reach = Literal["token", "past", "group", "batch"]
 """How far a router looks to route one token: at itself, at earlier tokens of its sequence, at all
@@ -46,6 +47,7 @@ class AbstractRouter(nn.Module, abc.ABC):
         super().__init__()
         check_positive("dim", dim)
         check_positive("num_experts", num_experts)
+        check_group(group)
         self.dim = dim
         self.num_experts = num_experts
         self.group: Group = group
@@ -168,6 +170,7 @@ def check_k(k: int, num_experts: int) -> None:
         ValueError: names k, the number of experts and what to do.
     """
     check_positive("k", k)
+    check_positive("num_experts", num_experts)
     if k > num_experts:
         raise ValueError(
             f"k is {k}, but there are only {num_experts} experts; use k <= {num_experts} or more "

@@ -202,6 +202,7 @@ class TopPairs:
             )
 
     def check(self, num_experts: int) -> None:
+        check_positive("num_experts", num_experts)
         if self.budget > num_experts:
             raise ValueError(
                 f"budget is {self.budget} experts a token, but there are only {num_experts} "
