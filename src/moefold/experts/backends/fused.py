@@ -95,7 +95,7 @@ def _placed(rows_per_expert: Tensor, rows: Tensor) -> Iterator[tuple[int, slice,
 def _room(rows: Tensor, experts: int) -> int:
     """Return the most rows that all padded blocks can have together: see `padded`."""
     count = rows.shape[0]
-    return count if padded(1, rows) == 1 else count + count // 32 + 16 * experts
+    return count if padded(1, rows) == 1 else count + count // 16 + 32 * experts
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
