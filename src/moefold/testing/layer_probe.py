@@ -14,7 +14,7 @@ from moefold.experts import Experts, activations
 from moefold.moe import MoE, MoEConfig
 from moefold.record import record_routing
 from moefold.routing import Routing
-from moefold.testing.probe import Batch, RouterCase, assert_close
+from moefold.testing.probe import Batch, RouterCase, assert_close, from_seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +31,8 @@ class LayerCase:
         self, *, training: bool = False, dtype: torch.dtype = torch.float64, **changes: Any
     ) -> MoE:
         """A new layer, the same on every call except for the changes to its configuration."""
-        torch.manual_seed(0)
-        layer = replace(self.config, **changes).build(self.dim, site="encoder.layer.3")
+        with from_seed(0):
+            layer = replace(self.config, **changes).build(self.dim, site="encoder.layer.3")
         return layer.to(self.device, dtype).train(training)
 
     @property
@@ -54,8 +54,8 @@ class LayerCase:
 
 def forward(layer: Callable[..., Tensor], batch: Batch, *, seed: int = 0) -> Tensor:
     """Run a layer from a fixed random state."""
-    torch.manual_seed(seed)
-    return layer(batch.x, batch.mask, batch.ids)
+    with from_seed(seed):
+        return layer(batch.x, batch.mask, batch.ids)
 
 
 def recorded(layer: MoE, batch: Batch) -> tuple[Tensor, Routing]:

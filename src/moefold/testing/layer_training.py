@@ -24,7 +24,7 @@ from moefold.testing.layer_probe import (
     same_gradients,
     task,
 )
-from moefold.testing.probe import Batch, assert_close
+from moefold.testing.probe import Batch, assert_close, from_seed
 
 LOSSES = {"balance": 0.3, "z": 0.2}
 
@@ -126,8 +126,8 @@ def forward_changes_nothing(case: LayerCase) -> str | None:
 def copies_and_saved_state(case: LayerCase) -> str | None:
     """A deep copy, and a new layer that loads the state dict, compute the same, bit for bit."""
     layer = case.layer()
-    torch.manual_seed(99)
-    fresh = case.config.build(case.dim).to(case.device, torch.float64).eval()
+    with from_seed(99):
+        fresh = case.config.build(case.dim).to(case.device, torch.float64).eval()
     fresh.load_state_dict(layer.state_dict())
     twin = copy.deepcopy(layer)
     for batch in case.batches():

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Self, final
+from typing import final
 
 import jaxtyping
 import torch
@@ -26,19 +26,19 @@ CLOSE = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """What a router is given."""
+    """What a router is given: good input, and bad input too, so that shapes are not annotated."""
 
-    x: Float[Tensor, "batch tokens dim"]
-    mask: Bool[Tensor, "batch tokens"] | None = None
-    ids: Int[Tensor, "batch tokens"] | None = None
+    x: Tensor
+    mask: Tensor | None = None
+    ids: Tensor | None = None
 
-    def with_others(self, where: Bool[Tensor, "batch tokens"], scale: float = 1.0) -> Self:
+    def with_others(self, where: Bool[Tensor, "batch tokens"], scale: float = 1.0) -> "Batch":
         """The same batch with other tokens in some places."""
         fresh = torch.randn_like(self.x) * scale
         ids = None if self.ids is None else torch.where(where, self.ids + 7, self.ids)
         return replace(self, x=torch.where(where.unsqueeze(-1), fresh, self.x), ids=ids)
 
-    def regrouped(self, move: Callable[[Tensor], Tensor]) -> Self:
+    def regrouped(self, move: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with every tensor `[batch, tokens, ...]` passed through `move`."""
         return replace(
             self,
@@ -72,9 +72,8 @@ class RouterCase:
         self, *, training: bool = False, dtype: torch.dtype = torch.float64
     ) -> AbstractRouter:
         """A new router, the same on every call; one that adapts has adapted once."""
-        torch.manual_seed(0)
-        router = self.make(self.dim, self.num_experts).to(self.device, dtype)
-        with torch.no_grad():
+        with from_seed(0), torch.no_grad():
+            router = self.make(self.dim, self.num_experts).to(self.device, dtype)
             router.update([route(router.train(), self.batch(2, 6, dtype=dtype))])
         return router.train(training)
 
@@ -113,9 +112,9 @@ def ragged(x: Tensor, shares: tuple[float, ...]) -> Bool[Tensor, "batch tokens"]
 
 def route(router: AbstractRouter, batch: Batch, *, seed: int = 0) -> Routing:
     """Route a batch, from a fixed random state: noise is the same in every call."""
-    torch.manual_seed(seed)
     given = (batch.x, batch.mask) if batch.ids is None else (batch.x, batch.mask, batch.ids)
-    return router(*given)
+    with from_seed(seed):
+        return router(*given)
 
 
 def toy_experts(routing: Routing, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "rows dim"]:
@@ -183,6 +182,14 @@ def group_of_token(grouping: Grouping, device: str) -> Int[Tensor, "batch tokens
     """Number of the group that every token is in."""
     number = torch.arange(grouping.groups, device=device).unsqueeze(1)
     return grouping.merge(number.expand(grouping.groups, grouping.members))
+
+
+@contextmanager
+def from_seed(seed: int) -> Iterator[None]:
+    """Draw from a fixed random state inside, and go on outside as if nothing had been drawn."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
 
 
 @contextmanager
