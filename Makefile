@@ -19,7 +19,7 @@ DEMO_FLAGS ?=
 
 # One thread per worker: two workers on two cores then do not fight over them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
-TYPED := --jaxtyping-packages=moefold,beartype.beartype
+TYPED := --jaxtyping-packages=moefold,tests.typechecker.check
 DEFAULT_TIER := not compile and not distributed and not slow and not gpu and not network
 
 help:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
+import tests.typechecker  # noqa: F401 - the typing hook looks it up by name
+
 # Read by libraries when they are imported, hence here and not in a fixture. A value that the caller
 # set stays: HF_HUB_OFFLINE=0 pytest -m network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
