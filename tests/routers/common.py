@@ -22,6 +22,48 @@ SPARSE = tuple(name for name in NAMES if name not in ("soft",))
 LEARNT = tuple(name for name in SPARSE if name not in ("hash", "random"))
 DIM, EXPERTS = 6, 4
 
+# Every router as it comes (without jitter, which draws anew), and other ways to compete.
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"jitter": 0.0} if name == "switch" else {}) for name in NAMES),
+    ("token-choice", {"renormalize": True, "k": 3}),
+    ("token-choice", {"k": 1, "capacity": 1}),
+    ("token-choice", {"capacity": 1}),
+    ("token-choice", {"capacity_factor": 0.7}),
+    ("token-choice", {"capacity_factor": 0.7, "priority": "gate"}),
+    ("token-choice", {"capacity_factor": 0.7, "group": "batch"}),
+    ("token-choice", {"capacity_factor": 0.7, "group": "batch", "priority": "gate"}),
+    ("token-choice", {"capacity_factor": 0.7, "group": "position"}),
+    ("token-choice", {"capacity_factor": 0.5, "convention": "vmoe", "group": "batch"}),
+    ("token-choice", {"capacity_factor": 0.5, "convention": "flaxformer", "group": "batch"}),
+    ("sinkhorn-token-choice", {"group": "batch", "renormalize": True}),
+    ("sinkhorn-token-choice", {"capacity_factor": 0.7, "priority": "gate"}),
+    ("sinkhorn-token-choice", {"group": "position"}),
+    ("expert-choice", {"group": "batch", "capacity_factor": 1.0, "renormalize": True}),
+    ("expert-choice", {"group": "position", "capacity_factor": 1.0}),
+    ("expert-choice", {"capacity": 2}),
+    ("expert-choice", {"capacity_factor": 0.5, "convention": "vmoe", "group": "batch"}),
+    ("sinkhorn-expert-choice", {"group": "batch"}),
+    ("sparse-transport-expert-choice", {"group": "batch", "capacity_factor": 1.0}),
+    ("soft", {"slots": 3}),
+    ("soft", {"group": "batch"}),
+    ("soft", {"group": "position", "slots": 2}),
+    ("unified", {"budget": 1.5, "group": "batch"}),
+    ("unified", {"budget": 0.75, "group": "position", "combine": "row-normalized"}),
+    ("unified", {"expert_score": "token-softmax", "combine": "renormalized"}),
+    ("unified", {"alpha": 1.0, "budget": 1.25, "min_experts": 1, "max_experts": 2}),
+    ("seq-topk", {"k": 2, "renormalize": True}),
+    ("bias-balanced", {"expert_groups": 2, "renormalize": False}),
+    ("hash", {"k": 2}),
+    ("base", {"group": "batch"}),
+]
+
+
+def variant_id(variant: tuple[str, dict[str, Any]]) -> str:
+    """`token-choice k=1 capacity=1`."""
+    name, settings = variant
+    return " ".join([name, *(f"{key}={value}" for key, value in settings.items())])
+
+
 # What differs between two float64 routings of the same tokens is the order of summation: a few
 # times 1e-16. Adam inside sparse transport divides rounding by an epsilon of 1e-8 (its plan only
 # chooses; weights are a softmax).
@@ -117,6 +159,18 @@ def output(router: AbstractRouter, given: Batch) -> Tensor:
     rows = routing.dispatch(given.x)
     own = (routing.expert_of_row.to(rows.dtype) + 1).unsqueeze(1)
     return routing.combine(torch.tanh(rows * own) + 0.1 * own)
+
+
+def shifted(given: Batch, *, left: int, right: int, junk: float) -> Batch:
+    """The same real tokens with more padding around them, which holds junk."""
+    size = (given.x.shape[0], left + given.x.shape[1] + right)
+    inside = slice(left, left + given.x.shape[1])
+    x = torch.full((*size, given.x.shape[2]), junk, dtype=given.x.dtype)
+    mask, ids = torch.zeros(size, dtype=torch.bool), torch.full(size, 999)
+    x[:, inside] = given.x
+    mask[:, inside] = True if given.mask is None else given.mask
+    ids[:, inside] = given.ids
+    return Batch(x, mask, ids)
 
 
 def pairs(chosen: Tensor) -> set[tuple[int, ...]]:
