@@ -1,1 +1,27 @@
-"""Surgery: some MLPs of a dense model, the host, become mixtures of experts."""
+"""Surgery: some MLPs of a dense model, the host, become mixtures of experts.
+
+config = moefold.UpcycleConfig(sites="every-other")
+print(moefold.plan(model, config))       # nothing is touched
+moefold.upcycle(model, config)           # in place, all or nothing
+moefold.save(model, "folder")            # JSON and safetensors
+model = moefold.load("folder")
+moefold.revert(model)                    # the object that was upcycled, not a loaded one
+"""
+
+from moefold.surgery.config import Copies, UpcycleConfig
+from moefold.surgery.encoder import pretrained_encoder
+from moefold.surgery.plan import Plan, plan
+from moefold.surgery.saved import load, save
+from moefold.surgery.upcycle import revert, upcycle
+
+__all__ = [
+    "Copies",
+    "Plan",
+    "UpcycleConfig",
+    "load",
+    "plan",
+    "pretrained_encoder",
+    "revert",
+    "save",
+    "upcycle",
+]

@@ -1,0 +1,79 @@
+"""The command line: `moefold VERB ...`, one module for each verb.
+
+A verb is named by a string and imported when it is called, so that `moefold --help` is quick and a
+missing library disables only the verbs that need it. It is a function of the arguments after the
+verb that returns an exit status, or None for 0.
+"""
+
+import difflib
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.metadata import version
+
+VERBS = {
+    "demo": ("moefold.cli.demo:main", "upcycle a real encoder, train it beside its dense twin"),
+    "doctor": ("moefold.cli.doctor:main", "what this machine has, and which backends can run"),
+    "list": ("moefold.cli.list:main", "routers, backends, hosts, losses, one line each"),
+    "plan": ("moefold.cli.plan:main", "what surgery would do to a model; nothing is touched"),
+    "upcycle": ("moefold.cli.upcycle:main", "turn a dense model into a mixture and save it"),
+}
+"""Name of every verb, where it is, and what it does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb.
+
+    Args:
+        arguments: what stands after `moefold`; `sys.argv` if None.
+
+    Returns:
+        Exit status: 0, 2 for bad input (the reason is on standard error), 130 if interrupted.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        return 0
+    if words[0] == "--version":
+        print(f"moefold {version('moefold')}")
+        return 0
+    verb, *rest = words
+    if verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return _fail("", f"unknown verb {verb!r}; {hint}There are: {', '.join(VERBS)}")
+    module, _, function = VERBS[verb][0].partition(":")
+    try:
+        return getattr(import_module(module), function)(rest) or 0
+    except ModuleNotFoundError as error:
+        return _fail(verb, f"{error}; install what this verb needs: pip install 'moefold[demo]'")
+    except ValueError as error:
+        return _fail(verb, str(error))
+    except KeyboardInterrupt:
+        _fail(verb, "interrupted")
+        return 130
+
+
+def _help() -> str:
+    lines = [f"  {name:<9} {summary}" for name, (_, summary) in VERBS.items()]
+    return "\n".join(
+        [
+            "usage: moefold VERB ...",
+            "",
+            "Turn a dense model into a mixture of experts, train it, look inside it.",
+            "",
+            *lines,
+            "",
+            "  moefold VERB --help   the settings of a verb, with an example",
+            "  moefold --version",
+            "",
+            "example:",
+            "  $ moefold plan minilm",
+        ]
+    )
+
+
+def _fail(verb: str, reason: str) -> int:
+    who = f"moefold {verb}".strip()
+    print(f"{who}: {reason}", file=sys.stderr)
+    return 2

@@ -1,0 +1,33 @@
+"""`moefold plan`: what surgery would do to a model; nothing is touched."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
+
+from moefold.cli.models import open_model
+from moefold.cli.options import Surgery, parse
+from moefold.surgery import plan
+
+EXAMPLE = "moefold plan minilm --router expert-choice --sites last:2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Say what surgery would do to a model, what it would cost, and what it would keep.
+
+    Attributes:
+        model: a local folder, minilm for the packaged encoder, or a hub name owner/name.
+        surgery: what to do to it.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    surgery: Surgery = field(default_factory=Surgery)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the verb."""
+    asked = parse(Arguments, arguments, verb="plan", example=EXAMPLE)
+    config = asked.surgery.config()
+    print(plan(open_model(asked.model).model, config))

@@ -1,0 +1,77 @@
+"""`moefold upcycle`: turn a dense model into a mixture of experts and save it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from moefold.cli.models import Opened, open_model, outputs, relative_change
+from moefold.cli.options import Surgery, parse
+from moefold.surgery import load, save, upcycle
+from moefold.surgery.saved import MANIFEST, refuse_foreign_folder
+
+EXAMPLE = "moefold upcycle minilm --out minilm-moe --experts 4 --sites last:2"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arguments:
+    """Turn a dense model into a mixture of experts and save it.
+
+    Attributes:
+        model: a local folder, minilm for the packaged encoder, or a hub name owner/name.
+        out: folder to write; moefold.load opens it.
+        force: replace the folder if it holds an upcycled model.
+        seed: of the router's first weights.
+        surgery: what to do to the model.
+    """
+
+    model: Annotated[str, tyro.conf.Positional]
+    out: Path
+    force: bool = False
+    seed: int = 0
+    surgery: Surgery = field(default_factory=Surgery)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the verb.
+
+    Raises:
+        ValueError: the folder exists, or whatever opening, surgery and saving refuse.
+    """
+    asked = parse(Arguments, arguments, verb="upcycle", example=EXAMPLE)
+    config = asked.surgery.config()
+    refuse_foreign_folder(asked.out)
+    if (asked.out / MANIFEST).is_file() and not asked.force:
+        raise ValueError(f"{asked.out} holds an upcycled model; add --force to replace it")
+    torch.manual_seed(asked.seed)
+    console = Console()
+    with _progress(console) as progress:
+        step = progress.add_task(f"opening {asked.model}", total=None)
+        opened = open_model(asked.model)
+        progress.update(step, description="computing the dense output")
+        before = outputs(opened)
+        progress.update(step, description="upcycling")
+        done = upcycle(opened.model, config)
+        progress.update(step, description="computing the output at birth")
+        after = outputs(opened)
+        progress.update(step, description=f"writing {asked.out}")
+        save(opened.model, asked.out, tokenizer=opened.tokenizer)
+        progress.update(step, description="reading it back")
+        again = outputs(Opened(load(asked.out), opened.tokenizer))
+    if not torch.equal(after, again):
+        raise ValueError(f"{asked.out} does not compute what was saved; please report this")
+    for line in str(done).splitlines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    change = relative_change(before, after)
+    print(f"  {'change of output':<22} {change:.1e} of its length, on sample texts")
+    print(f"wrote {asked.out}; moefold.load({str(asked.out)!r}) opens it, to the same output")
+
+
+def _progress(console: Console) -> Progress:
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    return Progress(*columns, console=console, transient=True)

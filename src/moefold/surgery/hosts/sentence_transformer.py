@@ -1,0 +1,123 @@
+"""SentenceTransformer: the transformer inside it is the host."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, final
+
+from safetensors import safe_open
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import PreTrainedModel
+
+from moefold.moe import MoE
+from moefold.surgery.hosts import HOSTS
+from moefold.surgery.hosts.base import AbstractHost, Changes, Site
+
+
+@final
+class SentenceTransformerHost(AbstractHost):
+    """A SentenceTransformer; its site names start at it, as in `0.model.encoder.layer.1`."""
+
+    name = "sentence-transformer"
+
+    def claims(self, model: nn.Module) -> bool:
+        """Whether the model is a SentenceTransformer."""
+        return isinstance(model, SentenceTransformer)
+
+    def sites(self, model: nn.Module) -> tuple[Site, ...]:
+        """The sites of the transformer inside, under their names here."""
+        prefix, inner, host = _inside(model)
+        sites = host.sites(inner)
+        return tuple(dataclasses.replace(site, name=prefix + site.name) for site in sites)
+
+    def install(self, model: nn.Module, site: Site, moe: MoE, changes: Changes) -> None:
+        """As the host of the transformer does it."""
+        _, inner, host = _inside(model)
+        host.install(inner, site, moe, changes)
+
+    def sign(self, model: nn.Module, section: Mapping[str, Any], changes: Changes) -> None:
+        """Signs the transformer: every checkpoint a trainer writes then says what it is."""
+        prefix, inner, host = _inside(model)
+        sites = {name.removeprefix(prefix): moe for name, moe in section["sites"].items()}
+        host.sign(inner, {**section, "sites": sites}, changes)
+
+    def section(self, model: nn.Module) -> dict[str, Any] | None:
+        """The section of the transformer, under the names used here."""
+        prefix, inner, host = _inside(model)
+        section = host.section(inner)
+        if section is None:
+            return None
+        sites = {prefix + name: moe for name, moe in section["sites"].items()}
+        return {**section, "sites": sites}
+
+    def dense_flops(self, model: nn.Module, tokens: int) -> float:
+        """Those of the transformer; pooling is nothing beside it."""
+        _, inner, host = _inside(model)
+        return host.dense_flops(inner, tokens)
+
+    def source(self, model: nn.Module) -> str:
+        """Where the transformer was loaded from."""
+        _, inner, host = _inside(model)
+        return host.source(inner)
+
+    def write(self, model: nn.Module, folder: Path) -> None:
+        """What `SentenceTransformer.save_pretrained` writes, without a model card."""
+        assert isinstance(model, SentenceTransformer)
+        model.save_pretrained(str(folder), create_model_card=False)
+
+    def read(self, folder: Path) -> nn.Module:
+        """Opens the folder on the CPU, in evaluation mode."""
+        _inner_host_classes()
+        model = SentenceTransformer(
+            str(folder),
+            device="cpu",
+            local_files_only=True,
+            trust_remote_code=False,
+            model_kwargs={"use_safetensors": True},
+        )
+        _, inner, _ = _inside(model)
+        _check_weights(inner, folder)
+        return model.eval()
+
+
+def _inside(model: nn.Module) -> tuple[str, PreTrainedModel, AbstractHost]:
+    """Path (with its dot), module and host of the one transformer in a SentenceTransformer."""
+    outermost: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{other}.") for other in outermost)
+        if isinstance(module, PreTrainedModel) and not nested:
+            outermost[name] = module
+    if len(outermost) != 1:
+        found = ", ".join(f"{name} ({type(m).__name__})" for name, m in outermost.items()) or "none"
+        raise ValueError(
+            f"a SentenceTransformer must hold one transformer, this one holds {len(outermost)} "
+            f"({found}); upcycle a transformer inside it by itself"
+        )
+    ((name, inner),) = outermost.items()
+    for host in _inner_host_classes():
+        if host.claims(inner):
+            return f"{name}.", inner, host
+    raise ValueError(
+        f"the transformer {name} inside is a {type(inner).__name__}, for which there is no host; "
+        f"there are: {', '.join(HOSTS.names())}"
+    )
+
+
+def _inner_host_classes() -> list[AbstractHost]:
+    """All hosts but this one; importing them registers their saved forms with transformers."""
+    return [HOSTS.get(n)() for n in HOSTS.names() if n != SentenceTransformerHost.name]
+
+
+def _check_weights(inner: PreTrainedModel, folder: Path) -> None:
+    """Refuses what the library only warns of: weights that were not in the folder."""
+    stored: set[str] = set()
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            stored.update(weights.keys())
+    needed = set(inner.state_dict()) - set(inner.all_tied_weights_keys)
+    if stored != needed:
+        raise ValueError(
+            f"the weights in {folder} are not those of the model it describes: missing "
+            f"{sorted(needed - stored)}, unexpected {sorted(stored - needed)}"
+        )

@@ -1,0 +1,259 @@
+"""The saved form of an upcycled model: a folder of JSON and safetensors, nothing that runs.
+
+    config.json, model.safetensors, ...   as the host's own library writes them, of a type that is
+                                          known only where moefold is imported
+    moefold.json                          what was done to what, and the sha256 of the files above
+
+Saving is atomic: the folder is written beside its place and then exchanged for what is there, so a
+process that dies at any moment leaves the old folder or the new one. Loading checks the hashes
+before it builds anything.
+"""
+
+import ctypes
+import errno
+import json
+import os
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from moefold.moe import MoE
+from moefold.surgery.encoder import sha256_of
+from moefold.surgery.hosts import HOSTS, find_host
+from moefold.surgery.upcycle import SCHEMA
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MANIFEST = "moefold.json"
+
+_HASHED = ("*.safetensors", "*.json", "*/*.json")
+
+
+def save(
+    model: nn.Module, folder: str | Path, *, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> None:
+    """Writes an upcycled model into a folder, atomically.
+
+    `moefold.load` opens it; so do `AutoModel.from_pretrained` and `SentenceTransformer` once
+    `moefold.surgery.hosts.bert` is imported, and not before.
+
+    Args:
+        model: an upcycled host, or a loaded one.
+        folder: where; a folder that `save` wrote earlier is replaced, any other must be empty.
+        tokenizer: written beside a bare transformer; a SentenceTransformer brings its own.
+
+    Raises:
+        ValueError: the model is not upcycled, or the folder holds something else.
+    """
+    folder = Path(folder).absolute()
+    host = find_host(model)
+    section = host.section(model)
+    if section is None:
+        raise ValueError(
+            f"{type(model).__name__} is not upcycled; call moefold.upcycle(model) first, or save "
+            f"a dense model with its own save_pretrained"
+        )
+    refuse_foreign_folder(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = _beside(folder, "new")
+    shutil.rmtree(new, ignore_errors=True)  # left by a process that died
+    new.mkdir()
+    try:
+        host.write(model, new)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        manifest = {
+            "schema": SCHEMA,
+            "moefold": version("moefold"),
+            "host": host.name,
+            "upcycle": section["upcycle"],
+            "sites": list(section["sites"]),
+            "source": section["source"],
+            "files": {name: sha256_of(new / name) for name in _hashed(new)},
+        }
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        _sync(new)
+        _put_in_place(new, folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def load(folder: str | Path) -> nn.Module:
+    """Opens what `save` wrote: on the CPU, in evaluation mode, every bit as it was.
+
+    Args:
+        folder: the folder.
+
+    Returns:
+        The model, of the kind that was saved (a BertModel, a SentenceTransformer, ...).
+
+    Raises:
+        ValueError: the folder is not there or not of this kind, was written by a newer moefold, or
+            one of its files is missing, truncated or altered.
+    """
+    from safetensors import SafetensorError
+
+    folder = Path(folder).absolute()
+    _recover(folder)
+    manifest = read_manifest(folder)
+    for name, expected in manifest["files"].items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{folder} lacks {name}, which {MANIFEST} lists; copy it again")
+        found = sha256_of(file)
+        if found != expected:
+            raise ValueError(
+                f"{file} is not what was saved: its sha256 is {found}, {MANIFEST} says {expected}; "
+                f"the file is truncated or was altered, copy it again"
+            )
+    host = HOSTS.get(manifest["host"])()
+    try:
+        model = host.read(folder)
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"cannot open {folder}: {error}") from error
+    section = host.section(model)
+    if section is None or list(section["sites"]) != manifest["sites"]:
+        found = None if section is None else list(section["sites"])
+        raise ValueError(
+            f"{folder}: {MANIFEST} lists the sites {manifest['sites']}, config.json {found}; the "
+            f"two files do not belong together"
+        )
+    for name in manifest["sites"]:
+        for module in model.get_submodule(name).modules():
+            if isinstance(module, MoE):
+                module.site = name
+    return model
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `moefold.json` says.
+
+    Raises:
+        ValueError: there is none, it is not valid, or it is newer than this code.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"no folder at {folder}; give one that moefold.save wrote")
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise ValueError(f"{folder} has no {MANIFEST}: {_what_it_is(folder)}")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+        schema = manifest["schema"]
+        if schema > SCHEMA:
+            raise ValueError(
+                f"{file} has schema {schema}, written by moefold {manifest.get('moefold')}; this "
+                f"is moefold {version('moefold')}, which reads up to {SCHEMA}: upgrade moefold"
+            )
+        missing = [k for k in ("host", "sites", "files") if k not in manifest]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a manifest of moefold ({error!r}); save again") from error
+    if missing:
+        raise ValueError(f"{file} lacks {', '.join(missing)}; save the model again")
+    return manifest
+
+
+def refuse_foreign_folder(folder: Path) -> None:
+    """Raises if writing to the folder would destroy something that `save` did not write.
+
+    Raises:
+        ValueError: the path is a file, or a folder with content but without `moefold.json`.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+        raise ValueError(
+            f"{folder} is not empty and was not written by moefold; give a new or an empty folder"
+        )
+
+
+def _what_it_is(folder: Path) -> str:
+    """Says what a folder without a manifest seems to be, and what opens it."""
+    config = folder / "config.json"
+    if not config.is_file():
+        return "it holds no model that moefold.save wrote"
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError):
+        return "and its config.json cannot be read"
+    if str(kind).startswith("moefold_"):
+        return (
+            "a trainer's checkpoint of an upcycled model; open it with AutoModel.from_pretrained "
+            "or SentenceTransformer after `import moefold.surgery.hosts.bert`"
+        )
+    return f"a dense model of type {kind!r}; open it with its own library and call moefold.upcycle"
+
+
+def _hashed(folder: Path) -> list[str]:
+    files = {file for pattern in _HASHED for file in folder.glob(pattern)}
+    return sorted(file.relative_to(folder).as_posix() for file in files)
+
+
+def _beside(folder: Path, what: str) -> Path:
+    """A place for the folder's next or last version, on the same file system."""
+    return folder.parent / f".{folder.name}.moefold-{what}"
+
+
+def _sync(folder: Path) -> None:
+    """Makes the disk hold the folder before it is put in place."""
+    for path in (*folder.rglob("*"), folder, folder.parent):
+        if path.is_symlink():
+            continue
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _put_in_place(new: Path, folder: Path) -> None:
+    """Makes `folder` be `new`; what was there before is then at `new`, or gone."""
+    if not folder.exists():
+        new.rename(folder)
+    elif not _exchange(new, folder):
+        # Without an exchange there is a moment with no folder; `_recover` ends it.
+        old = _beside(folder, "old")
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    _sync_parent(folder)
+
+
+def _sync_parent(folder: Path) -> None:
+    descriptor = os.open(folder.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two folders in one step where the system can (Linux); False where it cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except AttributeError:  # a C library older than the call
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename(here, os.fsencode(one), here, os.fsencode(other), swap) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(other))
+
+
+def _recover(folder: Path) -> None:
+    """Puts the old version back if a process died between the two renames of `_put_in_place`."""
+    old = _beside(folder, "old")
+    if not folder.exists() and (old / MANIFEST).is_file():
+        old.rename(folder)
+
+
+__all__ = ["MANIFEST", "load", "read_manifest", "refuse_foreign_folder", "save"]

@@ -1,0 +1,108 @@
+"""Surgery itself: all or nothing, in place, and back again.
+
+plan = moefold.upcycle(model, moefold.UpcycleConfig(sites="last:3"))
+moefold.revert(model)
+"""
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from moefold.surgery.birth import born
+from moefold.surgery.config import UpcycleConfig
+from moefold.surgery.encoder import MINILM, MINILM_SHA256, sha256_of
+from moefold.surgery.hosts import Changes, find_host
+from moefold.surgery.plan import Plan, draft
+
+SCHEMA = 1
+"""Version of the section that is saved with a model."""
+
+_CHANGES = "_moefold_changes"
+
+
+def upcycle(model: nn.Module, config: UpcycleConfig | None = None) -> Plan:
+    """Turns the chosen MLPs of the model into mixtures of experts, in place.
+
+    Everything that can fail happens before the model is touched. Modules keep their identity: the
+    layers stay the same objects, with their hooks, and attention, norms and embeddings are not
+    copied. An optimiser made before knows the dense weights only: make it afterwards.
+
+    Args:
+        model: a dense host, for instance a BertModel or a SentenceTransformer.
+        config: what to do; the defaults of `UpcycleConfig` if None.
+
+    Returns:
+        The plan that was carried out.
+
+    Raises:
+        ValueError: whatever `moefold.plan` refuses; the model is then untouched.
+    """
+    config = config or UpcycleConfig()
+    made, host, taken = draft(model, config)
+    section = {
+        "schema": SCHEMA,
+        "moefold": version("moefold"),
+        "upcycle": config.to_dict(),
+        "sites": {site.name: made.moe.to_dict() for site in taken},
+        "source": provenance(host.source(model)),
+    }
+    mixtures = [born(made.moe, site, config.birth) for site in taken]
+    changes = Changes()
+    try:
+        for site, moe in zip(taken, mixtures, strict=True):
+            moe.train(site.layer.training)
+            host.install(model, site, moe, changes)
+        host.sign(model, section, changes)
+    except BaseException:
+        changes.undo()
+        raise
+    model.__dict__[_CHANGES] = changes
+    return made
+
+
+def revert(model: nn.Module) -> None:
+    """Undoes `upcycle`: the dense MLPs come back, as the same objects with the same values.
+
+    Weights that surgery left alone (attention, norms, embeddings) keep what training made of them.
+
+    Args:
+        model: the object that was passed to `upcycle`.
+
+    Raises:
+        ValueError: it was not upcycled in this process, so its dense weights are not there.
+    """
+    changes = model.__dict__.pop(_CHANGES, None)
+    if changes is not None:
+        changes.undo()
+        return
+    section = find_host(model).section(model)
+    if section is None:
+        raise ValueError(
+            f"{type(model).__name__} is not upcycled, there is nothing to revert; pass the object "
+            f"that was given to moefold.upcycle"
+        )
+    raise ValueError(
+        f"{type(model).__name__} holds mixtures but not the dense MLPs they were made from (it was "
+        f"loaded, or upcycled inside another model); load the dense model instead: "
+        f"{section['source'].get('name') or 'its origin is not known'}"
+    )
+
+
+def provenance(source: str) -> dict[str, Any]:
+    """Where a dense model came from, as far as it can be known.
+
+    Args:
+        source: a folder, a name on the hub, or an empty string.
+
+    Returns:
+        `name` and, for a folder with safetensors, the `sha256` of each such file. A folder is named
+        without the path that leads to it, which is nobody else's business.
+    """
+    folder = Path(source)
+    if not source or not folder.is_dir():
+        return {"name": source, "sha256": {}}
+    hashes = {file.name: sha256_of(file) for file in sorted(folder.glob("*.safetensors"))}
+    name = MINILM if MINILM_SHA256 in hashes.values() else folder.name
+    return {"name": name, "sha256": hashes}

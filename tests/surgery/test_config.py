@@ -1,0 +1,54 @@
+"""The config of surgery: JSON and back, and what it refuses."""
+
+import json
+
+import pytest
+
+from moefold import MoEConfig, routers
+from moefold.surgery.config import Copies, UpcycleConfig
+from tests.routers.common import untyped
+
+CONFIGS = {
+    "defaults": UpcycleConfig(),
+    "names": UpcycleConfig(sites=("a.0", "a.2"), birth=Copies(router_std=0.0, noise_std=0.1)),
+    "router": UpcycleConfig(
+        sites="last:2",
+        moe=MoEConfig(num_experts=3, router=routers.config("expert-choice", capacity_factor=1.5)),
+    ),
+}
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_json_and_back(config):
+    assert UpcycleConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_a_list_of_names_becomes_a_tuple():
+    with untyped():
+        assert UpcycleConfig(sites=["a", "b"]).sites == ("a", "b")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", ["router_std", "noise_std"])
+@pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "much"])
+def test_copies_refuse(name, value):
+    with (
+        untyped(),
+        pytest.raises(ValueError, match=rf"{name} is {value!r}; it must be a finite number"),
+    ):
+        Copies(**{name: value})
+
+
+@pytest.mark.parametrize("sites", ["", ()])
+def test_no_sites(sites):
+    with pytest.raises(ValueError, match="sites is empty; give 'every-other'"):
+        UpcycleConfig(sites=sites)
+
+
+def test_unknown_settings_are_named():
+    data = UpcycleConfig().to_dict() | {"site": "all"}
+    with pytest.raises(ValueError, match=r"UpcycleConfig has no setting \['site'\]; it has moe,"):
+        UpcycleConfig.from_dict(data)
+    with pytest.raises(ValueError, match=r"Copies has no setting \['std'\]; it has router_std,"):
+        Copies.from_dict({"kind": "copies", "std": 1.0})
+    with pytest.raises(ValueError, match="unknown birth 'split'; the one there is: 'copies'"):
+        Copies.from_dict({"kind": "split"})

@@ -1,0 +1,216 @@
+"""The padding mask reaches the router: in every form, checkpointed or not, and padding is nothing.
+
+Layouts: 1 is a real token, . is padding.
+"""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+
+import moefold
+from moefold import MoEConfig, UpcycleConfig, routers
+from moefold.surgery import Copies
+from moefold.surgery.hosts import bert
+from moefold.surgery.hosts.bert import real_tokens
+from tests.routers.common import untyped
+
+HIDDEN = torch.zeros(2, 3, 8)
+REAL = torch.tensor([[True, True, True], [True, False, False]])  # 111 / 1..
+LOW = torch.finfo(torch.float32).min
+
+
+def added(attended: torch.Tensor) -> torch.Tensor:
+    return torch.where(attended, 0.0, LOW)
+
+
+BIDIRECTIONAL = REAL[:, None, None, :].expand(2, 1, 3, 3)
+CAUSAL = BIDIRECTIONAL & torch.ones(3, 3, dtype=torch.bool).tril()
+FORMS = {
+    "flash": REAL,
+    "flash, integers": REAL.long(),
+    "flash with a cache": functional.pad(REAL, (2, 0), value=True),
+    "sdpa": BIDIRECTIONAL,
+    "sdpa, one row": BIDIRECTIONAL[:, :, :1],
+    "sdpa, many heads": BIDIRECTIONAL.expand(2, 4, 3, 3),
+    "sdpa, causal": CAUSAL,
+    "sdpa, causal with a cache": functional.pad(CAUSAL, (2, 0), value=True),
+    "eager": added(BIDIRECTIONAL),
+    "eager, causal": added(CAUSAL),
+    "eager, half": added(CAUSAL).half().clamp_min(torch.finfo(torch.float16).min),
+}
+
+
+@pytest.mark.parametrize("mask", FORMS.values(), ids=FORMS.keys())
+def test_real_tokens_of_every_form(mask):
+    assert torch.equal(real_tokens(mask, HIDDEN), REAL)  # pyright: ignore[reportArgumentType]
+
+
+def test_left_padding():
+    real = torch.tensor([[False, False, True], [False, True, True]])  # ..1 / .11
+    causal = real[:, None, None, :] & torch.ones(3, 3, dtype=torch.bool).tril()
+    assert torch.equal(real_tokens(added(causal), HIDDEN), real)  # pyright: ignore
+
+
+def test_one_mask_for_the_whole_batch():
+    found = real_tokens(BIDIRECTIONAL[1:], HIDDEN)
+    assert torch.equal(found, REAL[1:].expand(2, 3))  # pyright: ignore[reportArgumentType]
+
+
+def test_no_mask_means_all_are_real():
+    assert real_tokens(None, HIDDEN) is None
+
+
+@pytest.mark.parametrize("mask", [torch.ones(2, 3, 3), "blocks"])
+def test_other_forms_are_refused(mask):
+    with pytest.raises(ValueError, match=r"of type (Tensor and shape .*3, 3|str and shape None).*"):
+        real_tokens(mask, HIDDEN)
+
+
+ROUTERS = {
+    "token-choice": {"k": 2, "renormalize": True},
+    "token-choice, capacity": {"k": 2, "capacity_factor": 0.75},
+    "token-choice, batch": {"k": 2, "capacity_factor": 0.75, "group": "batch"},
+    "expert-choice": {"capacity_factor": 1.5},
+    "sinkhorn-expert-choice": {},
+    "unified": {"budget": 1.5},
+    "unified, batch": {"budget": 1.5, "group": "batch"},
+    "soft": {"slots": 2},
+}
+
+
+def config(name: str) -> UpcycleConfig:
+    router = routers.config(name.partition(",")[0], **ROUTERS[name])
+    # A router of some size, so that tokens differ in what they choose.
+    return UpcycleConfig(
+        moe=MoEConfig(num_experts=4, router=router), sites="all", birth=Copies(router_std=1.0)
+    )
+
+
+def spread_experts(model: nn.Module) -> None:
+    """Makes experts differ, so that a change of routing is a change of output."""
+    for module in model.modules():
+        if isinstance(module, moefold.MoE):
+            for parameter in module.experts.parameters():
+                nn.init.normal_(parameter, std=0.3)
+
+
+def padded(batch: dict, by: int) -> dict:
+    """The batch with more padding on the right, of ids that stand for something elsewhere."""
+    ids = functional.pad(batch["input_ids"], (0, by), value=7)
+    return {"input_ids": ids, "attention_mask": functional.pad(batch["attention_mask"], (0, by))}
+
+
+def changes_by_padding(model: nn.Module, batch: dict) -> float:
+    real = batch["attention_mask"].bool()
+    tokens = real.shape[1]
+    with torch.no_grad():
+        before = model(**batch)[0][real]
+        return max(
+            float((model(**padded(batch, by))[0][:, :tokens][real] - before).abs().max())
+            for by in (1, 6)
+        )
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ROUTERS)
+def test_padding_further_changes_no_real_token(tiny, batch, name, attention):
+    model = tiny(attn_implementation=attention).double()
+    moefold.upcycle(model, config(name))
+    spread_experts(model)
+    # float64, outputs about 1: what may differ is the order of summation in longer rows.
+    assert changes_by_padding(model, batch) < 1e-11
+
+
+@pytest.mark.parametrize("name", [n for n in ROUTERS if n != "token-choice"])
+def test_without_the_mask_padding_would_matter(tiny, batch, name, monkeypatch):
+    # The test above can fail: the same with the mask withheld.
+    monkeypatch.setattr(bert, "real_tokens", lambda *_: None)
+    model = tiny().double()
+    moefold.upcycle(model, config(name))
+    spread_experts(model)
+    assert changes_by_padding(model, batch) > 1e-3
+
+
+def test_padding_is_in_no_routing(tiny, batch):
+    model = tiny()
+    moefold.upcycle(model, config("expert-choice"))
+    with moefold.record_routing(model) as record, torch.no_grad():
+        model(**batch)
+    assert len(record.sites) == 4
+    for site in record.sites:
+        (routing,) = record[site]
+        assert routing.mask is not None
+        assert torch.equal(routing.mask, batch["attention_mask"].bool())
+
+
+def checkpoint(model: PreTrainedModel, *, reentrant: bool) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # older releases know no other name
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+
+def gradients(model: nn.Module, batches: list[dict]) -> tuple[list, dict]:
+    """Outputs of several forward passes, and the gradients of one backward after all of them."""
+    made = [model(**batch)[0] for batch in batches]
+    real = [batch["attention_mask"].bool() for batch in batches]
+    kept = [output[mask] for output, mask in zip(made, real, strict=True)]
+    torch.stack([(output.sin() * output).sum() for output in kept]).sum().backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return [output.detach() for output in kept], found
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["token-choice", "expert-choice", "unified, batch", "soft"])
+def test_checkpointing_with_two_batches_before_one_backward(tiny, batch, name, reentrant):
+    # Queries, then documents, then backward: each layer is recomputed with its own batch's mask.
+    queries = batch
+    documents = {
+        "input_ids": torch.randint(60, (2, 9)),
+        "attention_mask": (torch.arange(9) < torch.tensor([[3], [9]])).long(),
+    }
+    model = tiny().double().train()
+    moefold.upcycle(model, config(name))
+    spread_experts(model)
+    twin = copy.deepcopy(model)
+    checkpoint(twin, reentrant=reentrant)
+    assert all(layer.gradient_checkpointing for layer in twin.encoder.layer)
+    plain, expected = gradients(model, [queries, documents])
+    checkpointed, found = gradients(twin, [queries, documents])
+    for one, other in zip(plain, checkpointed, strict=True):
+        assert torch.equal(one, other)
+    assert found.keys() == expected.keys()
+    for parameter, gradient in expected.items():
+        # The same products, but gradients of two passes may be added in another order.
+        assert torch.allclose(gradient, found[parameter], rtol=1e-10, atol=1e-12), parameter
+    assert any("router" in n or "phi" in n for n in expected)
+
+
+def test_checkpointing_recomputes(tiny, batch):
+    # That the test above tests something: the layer does run twice, recorded once.
+    model = tiny().train()
+    moefold.upcycle(model, config("expert-choice"))
+    checkpoint(model, reentrant=False)
+    layer, runs = model.encoder.layer[1], []
+    layer.attention.register_forward_hook(lambda *_: runs.append(1))
+    with moefold.record_routing(model) as record:
+        model(**batch)[0].sum().backward()
+    assert len(runs) == 2
+    assert len(record["encoder.layer.1.moe"]) == 1
+
+
+def test_packed_sequences_are_refused_where_they_would_mix(tiny):
+    lengths = torch.tensor([0, 2, 3], dtype=torch.int32)
+    hidden = torch.zeros(1, 3, 16)
+    model = tiny()
+    moefold.upcycle(model, config("expert-choice"))
+    with pytest.raises(ValueError, match=r"layer.1: the batch is packed .* reaches the group"):
+        model.encoder.layer[1](hidden, cu_seq_lens_q=lengths)
+    moefold.revert(model)
+    moefold.upcycle(model, config("token-choice"))
+    with untyped():
+        assert model.encoder.layer[1](hidden, cu_seq_lens_q=lengths).isfinite().all()
