@@ -1,4 +1,4 @@
-"""Measure what a text encoder is worth: retrieval per query, and intervals over seeds and queries."""
+"""Measure what a text encoder is worth: retrieval per query, intervals over seeds and queries."""
 
 from moefold.evaluate.intervals import Interval, crossed_bootstrap
 from moefold.evaluate.retrieval import (

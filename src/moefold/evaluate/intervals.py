@@ -84,9 +84,16 @@ def crossed_bootstrap(
     # In pieces, because the counts of all draws together may take gigabytes.
     for start in range(0, resamples, 1000):
         size = min(1000, resamples - start)
-        of_query = draw.multinomial(queries, np.full(queries, 1 / queries), size=size)
-        of_seed = draw.multinomial(seeds, np.full(seeds, 1 / seeds), size=size)
-        totals = np.einsum("ds,dq,sq->d", of_seed, of_query, values, optimize=True)
+        of_query, of_seed = (_times_drawn(draw, size, n) for n in (queries, seeds))
+        totals = ((of_query @ values.T) * of_seed).sum(1)
         means[start : start + size] = totals / (seeds * queries)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), level=level)
+
+
+def _times_drawn(
+    draw: np.random.Generator, size: int, count: int
+) -> Float[np.ndarray, "draws items"]:
+    """How often each of `count` things comes up when `count` are drawn with replacement."""
+    which = draw.integers(0, count, size=(size, count)) + count * np.arange(size)[:, None]
+    return np.bincount(which.ravel(), minlength=size * count).reshape(size, count).astype(float)

@@ -115,8 +115,8 @@ def retrieval_metrics(
     """
     if len(relevant) != len(ranking):
         raise ValueError(
-            f"{len(ranking)} queries are ranked but {len(relevant)} have relevant documents listed; "
-            "give one collection per query"
+            f"{len(ranking)} queries are ranked but {len(relevant)} have relevant documents "
+            "listed; give one collection per query"
         )
     values = {name: np.zeros(len(relevant)) for name in METRICS}
     discounts = 1.0 / np.log2(np.arange(2, 12))

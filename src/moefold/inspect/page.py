@@ -1,4 +1,4 @@
-"""One self-contained page: nothing is fetched, it can be mailed, archived, opened without a network.
+"""One self-contained page: nothing is fetched; it can be mailed, archived, read offline.
 
 A page is a list of pieces of HTML and a style sheet. It follows the reader's light or dark setting
 and prints well. Everything that is text goes through `html.escape`.
@@ -58,21 +58,18 @@ class Page:
         self._pieces.append(f'<dl class="facts">{boxes}</dl>')
 
     def table(
-        self,
-        head: Sequence[str],
-        rows: Sequence[Sequence[str]],
-        *,
-        caption: str = "",
-        strong: Sequence[int] = (),
+        self, head: Sequence[str], rows: Sequence[Sequence[str]], *, caption: str = ""
     ) -> None:
-        """A table; the first column names the row, `strong` rows stand out."""
+        """A table; the first column names the row.
+
+        What follows a line break in a cell is set small below the rest.
+        """
         titles = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in head)
         body = "".join(
-            f"<tr{' class=strong' if i in strong else ''}>"
-            f'<th scope="row">{escape(row[0])}</th>'
-            + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
+            f'<tr><th scope="row">{_two_lines(row[0])}</th>'
+            + "".join(f"<td>{_two_lines(cell)}</td>" for cell in row[1:])
             + "</tr>"
-            for i, row in enumerate(rows)
+            for row in rows
         )
         below = f"<caption>{escape(caption)}</caption>" if caption else ""
         self._pieces.append(
@@ -111,9 +108,14 @@ class Page:
         file.write_text(self.html(), encoding="utf-8")
 
 
+def _two_lines(cell: str) -> str:
+    first, _, second = cell.partition("\n")
+    return escape(first) + (f"<small>{escape(second)}</small>" if second else "")
+
+
 _STYLE = """
-:root { color-scheme: light dark; --paper: #fcfcfb; --card: #f3f3f0; --ink: #22252a; --soft: #62666d;
-  --rule: #dcdcd7; --accent: #0a6ba8; --shade: #0a6ba8; }
+:root { color-scheme: light dark; --paper: #fcfcfb; --card: #f3f3f0; --ink: #22252a;
+  --soft: #62666d; --rule: #dcdcd7; --accent: #0a6ba8; --shade: #0a6ba8; }
 @media (prefers-color-scheme: dark) { :root { --paper: #16181c; --card: #1f2227; --ink: #e4e5e7;
   --soft: #a0a4ab; --rule: #363a41; --accent: #6cb8ec; --shade: #4aa3dd; } }
 * { box-sizing: border-box; }
@@ -148,7 +150,8 @@ th, td { padding: .5rem .8rem; text-align: right; border-bottom: 1px solid var(-
   white-space: nowrap; }
 th:first-child { text-align: left; padding-left: 0; }
 thead th { font-size: .82rem; font-weight: 500; color: var(--soft); vertical-align: bottom; }
-tbody th { font-weight: 500; } tr.strong > * { font-weight: 650; }
+td > small, th > small { display: block; color: var(--soft); font-weight: 400; line-height: 1.3; }
+tbody th { font-weight: 500; }
 figure { margin: 1.25rem 0 1.75rem; } svg.figure { display: block; width: 100%; max-width: 46rem; }
 svg.figure * { stroke-linejoin: round; } svg.figure text { font-family: inherit; }
 details { margin: .75rem 0; } summary { cursor: pointer; color: var(--accent); }
@@ -162,7 +165,7 @@ pre { background: var(--card); border-radius: 10px; padding: 1rem; overflow-x: a
 .tabs > input:focus-visible + label { outline: 2px solid var(--ink); outline-offset: 2px; }
 .tabs > .panel { display: none; }
 .experts { display: grid; gap: .35rem; margin: 1rem 0; }
-.expert { display: grid; grid-template-columns: 5.5rem minmax(7rem, 14rem) 1fr; gap: .9rem;
+.expert { display: grid; grid-template-columns: 6rem 11rem 3rem 1fr; gap: .9rem;
   align-items: start; padding: .3rem 0; }
 .expert > .name { font-weight: 600; border-left: 5px solid var(--hue); padding-left: .6rem; }
 .bar { position: relative; height: 1.5rem; background: var(--card); border-radius: 5px;
@@ -171,8 +174,8 @@ pre { background: var(--card); border-radius: 10px; padding: 1rem; overflow-x: a
   background: color-mix(in oklab, var(--hue) 70%, var(--card)); }
 .bar > .fair { position: absolute; inset: 0 auto 0 auto; border-left: 2px dashed var(--ink);
   opacity: .55; }
-.bar > b { position: absolute; right: .5rem; top: 0; line-height: 1.5rem; font-size: .82rem;
-  font-variant-numeric: tabular-nums; }
+.expert > .share { text-align: right; font-size: .88rem; font-variant-numeric: tabular-nums; }
+.note { color: var(--soft); font-size: .87rem; line-height: 1.5; }
 .words { font: .84rem/1.9 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono", monospace; }
 .words span { background: color-mix(in oklab, var(--hue) 20%, transparent); border-radius: 4px;
   padding: .08rem .35rem; margin-right: .3rem; white-space: nowrap; }
@@ -189,7 +192,7 @@ pre { background: var(--card); border-radius: 10px; padding: 1rem; overflow-x: a
   min-width: 2.9rem; border-radius: 4px; }
 .matrix td { background: color-mix(in oklab, var(--shade) calc(var(--heat) * 62%), var(--card)); }
 .matrix td.self { background: none; color: var(--soft); }
-@media (max-width: 40rem) { .expert { grid-template-columns: 4.5rem 1fr; }
+@media (max-width: 44rem) { .expert { grid-template-columns: 6rem 1fr 3rem; }
   .expert > .words { grid-column: 1 / -1; } }
 @media print { .tabs > .panel { display: block !important; } .tabs > label { display: none; } }
 """

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's colours: told apart with any colour vision, readable on white and on near-black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A7A12", "#7F7F7F")
+_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 # Stand-ins that occur nowhere else, replaced by the page's variables in the finished SVG.
 _INK, _FAINT = "#010203", "#040506"
@@ -37,10 +38,10 @@ def lines(
     y_label: str,
     marks: Mapping[str, float] | None = None,
 ) -> str:
-    """Curves, several per name (one per seed), smoothed, their raw points faint behind.
+    """Smoothed curves, the mean of several per name (one per seed), each of them faint behind.
 
     Args:
-        curves: by name, a list of (x, y).
+        curves: by name, a list of (x, y), all with the same x.
         x_label: what x is.
         y_label: what y is.
         marks: vertical lines by name.
@@ -49,11 +50,13 @@ def lines(
         An `<svg>` element.
     """
     with _figure(7.2, 3.4) as (figure, axes):
-        for (name, runs), colour in zip(curves.items(), itertools.cycle(COLOURS), strict=False):
-            for i, (x, y) in enumerate(runs):
-                axes.plot(x, y, color=colour, alpha=0.18, linewidth=1)
-                label = name if i == 0 else None
-                axes.plot(x, smooth(y), color=colour, linewidth=2, label=label)
+        styles = zip(itertools.cycle(COLOURS), itertools.cycle(_DASHES))
+        for (name, runs), (colour, dash) in zip(curves.items(), styles, strict=False):
+            smoothed = [smooth(y) for _, y in runs]
+            for y in smoothed if len(runs) > 1 else ():
+                axes.plot(runs[0][0], y, color=colour, alpha=0.3, linewidth=1)
+            mean = [sum(values) / len(runs) for values in zip(*smoothed, strict=True)]
+            axes.plot(runs[0][0], mean, color=colour, linewidth=2.2, linestyle=dash, label=name)
         for name, x in (marks or {}).items():
             axes.axvline(x, color=_INK, linewidth=1, linestyle=(0, (3, 3)))
             axes.annotate(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from moefold.inspect.choices import Choices, SiteChoices
-from moefold.inspect.plots import COLOURS, heat
+from moefold.inspect.plots import COLOURS
 
 _LIKE_BERT = "##"  # a word piece that continues the word before it
 
@@ -56,7 +56,7 @@ def _site(site: SiteChoices) -> str:
         f'<div class="bar" title="{share:.1%} of the rows">'
         f'<i style="width:{100 * share / widest:.1f}%"></i>'
         f'<span class="fair" style="left:{100 * fair / widest:.1f}%"></span>'
-        f"<b>{share:.1%}</b></div>"
+        f'</div><div class="share">{share:.1%}</div>'
         f'<div class="words">{_typical(site, e)}</div></div>'
         for e, share in enumerate(site.load)
     )
@@ -65,25 +65,25 @@ def _site(site: SiteChoices) -> str:
     return (
         f"<p>{escape(_in_words(numbers))} Experts without any token: {dead}.</p>"
         f'<div class="experts">{lines}</div>'
-        f'<p class="caption"><small>Bars: share of the rows each expert computes; the dashed line '
+        f'<p class="note">Bars: share of the rows each expert computes; the dashed line '
         f"is an equal share ({fair:.1%}). Beside them the tokens an expert gets most out of "
-        f"proportion (z-score of the log-odds ratio), most typical first.</small></p>"
+        f"proportion (z-score of the log-odds ratio), most typical first.</p>"
         f"{_matrix(site)}"
     )
 
 
 def _in_words(numbers: dict[str, float]) -> str:
     return (
-        f"A token goes to {numbers['experts_per_token']:.2f} experts on average; the busiest expert "
-        f"of a batch has {1 + numbers['max_violation']:.2f} times an equal share. The router's "
-        f"distribution has {numbers['entropy']:.0%} of the highest possible entropy; "
+        f"A token goes to {numbers['experts_per_token']:.2f} experts on average; the busiest "
+        f"expert of a batch has {1 + numbers['max_violation']:.2f} times an equal share. The "
+        f"router's distribution has {numbers['entropy']:.0%} of the highest possible entropy; "
         f"{numbers['uncovered']:.1%} of the tokens reach no expert, {numbers['dropped']:.1%} of "
         f"what was asked for is dropped."
     )
 
 
 def _typical(site: SiteChoices, expert: int) -> str:
-    words = "".join(
+    words = " ".join(
         f'<span title="z = {z:g}, chosen {count} times">{escape(word)}</span>'
         for word, z, count in site.characteristic[expert]
     )
@@ -102,7 +102,7 @@ def _matrix(site: SiteChoices) -> str:
         + "".join(
             '<td class="self">·</td>'
             if i == j
-            else f'<td style="--heat:{heat(v, 0, max(off)):.2f}">{v:.0%}</td>'
+            else f'<td style="--heat:{v / max(off):.2f}">{v:.0%}</td>'
             for j, v in enumerate(row)
         )
         + "</tr>"
@@ -111,8 +111,8 @@ def _matrix(site: SiteChoices) -> str:
     return (
         f'<h3>Who works together</h3><div class="scroll"><table class="matrix"><thead><tr><th></th>'
         f"{head}</tr></thead><tbody>{rows}</tbody></table></div>"
-        f"<p><small>Of the tokens of the expert in the row, the share that the expert in the column "
-        f"has too.</small></p>"
+        f'<p class="note">Of the tokens of the expert in the row, the share that the expert in the '
+        f"column has too.</p>"
     )
 
 
@@ -125,9 +125,9 @@ def _texts(choices: Choices, site: SiteChoices, titles: Sequence[str]) -> str:
         for i, words in enumerate(choices.texts)
     )
     return (
-        f"<h3>Token by token</h3><p><small>Each token in the colour of its heaviest expert, whose "
-        f"number it carries; hover for all of them with their weights. Dotted: no expert."
-        f"</small></p>{passages}"
+        f'<h3>Token by token</h3><p class="note">Each token in the colour of its heaviest expert, '
+        f"whose number it carries; hover for all of them with their weights. Dotted: no expert."
+        f"</p>{passages}"
     )
 
 

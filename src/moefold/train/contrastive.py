@@ -11,18 +11,23 @@ second text is a wrong answer. What is added is what a comparison of models need
   where a run of that length would have ended, so a continuation is honest: it is the same run,
   going on. (A rate that decays to zero would favour whichever run had just finished its decay.)
 * **a budget** in examples or in floating-point operations.
+
+Balance losses ride on the graph of an upcycled encoder and need nothing here; what routers adapt
+without a gradient (biases, thresholds) is updated after every step.
 """
 
 import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 
+from moefold.record import AbstractRouted, Record, record_routing
 from moefold.train.flops import training_flops
 
 Texts = tuple[str, str]
@@ -54,7 +59,7 @@ class FineTuning:
     warmup_examples: int = 320
     weight_decay: float = 0.01
     scale: float = 20.0
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: str = "fp32"
     device: str = "cpu"
     seed: int = 0
 
@@ -130,8 +135,8 @@ def fine_tune(
                 f"{settings.batch_size}, at most {steps * settings.batch_size}"
             )
     batches = in_batches(pairs, steps, settings.batch_size, seed=settings.seed)
-    with tempfile.TemporaryDirectory() as scratch:
-        progress = _progress(settings.batch_size, pauses, advance)
+    with tempfile.TemporaryDirectory() as scratch, _record_if_routed(encoder) as record:
+        progress = _progress(settings.batch_size, pauses, advance, record)
         trainer = _trainer(encoder, batches, settings, scratch, progress)
         started = time.perf_counter()
         trainer.train()
@@ -197,6 +202,11 @@ def _check_packages() -> None:
         )
 
 
+def _record_if_routed(encoder: Any) -> AbstractContextManager[Record | None]:
+    routed = any(isinstance(module, AbstractRouted) for module in encoder.modules())
+    return record_routing(encoder) if routed else nullcontext()
+
+
 def _trainer(
     encoder: Any,
     batches: list[list[Texts]],
@@ -259,6 +269,7 @@ def _progress(
     batch_size: int,
     pauses: Mapping[int, Callable[[], None]],
     advance: Callable[[int], None] | None,
+    record: Record | None,
 ) -> Any:
     from transformers import TrainerCallback
 
@@ -280,6 +291,9 @@ def _progress(
         def on_step_end(
             self, args: Any, state: Any, control: Any, model: Any = None, **_: Any
         ) -> None:
+            if record is not None:
+                record.update()
+                record.clear()
             if advance is not None:
                 advance(batch_size)
             pause = pauses.get(state.global_step * batch_size)
@@ -290,6 +304,8 @@ def _progress(
             with torch.random.fork_rng():
                 pause()
             model.train()
+            if record is not None:
+                record.clear()
             self.paused += time.perf_counter() - started
 
     return Progress()

@@ -7,12 +7,14 @@ batch was packed. As everywhere in torch, one multiplication and one addition ar
 element-wise work is left out.
 """
 
-from collections.abc import Callable, Sequence
-from math import prod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from moefold.moe import MoE
 
 
 def training_flops(encoder: Any, texts: Sequence[str]) -> float:
@@ -30,9 +32,9 @@ def training_flops(encoder: Any, texts: Sequence[str]) -> float:
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     was_training = encoder.training
     encoder.train()
-    counter = FlopCounterMode(display=False, custom_mapping=_missing_formulas())
+    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
     try:
-        with counter, torch.random.fork_rng(devices=[]):
+        with _by_reference(encoder), counter, torch.random.fork_rng(devices=[]):
             for text in texts:
                 features = {
                     name: value.to(encoder.device) if isinstance(value, torch.Tensor) else value
@@ -45,28 +47,29 @@ def training_flops(encoder: Any, texts: Sequence[str]) -> float:
     return counter.get_total_flops() / len(texts)
 
 
-def _missing_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for products that torch 2.13 does not count by itself."""
-    aten = torch.ops.aten
-    known = {
-        "_grouped_mm": _grouped_mm_flops,
-        "_scaled_dot_product_flash_attention_for_cpu": _attention_flops,
-        "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward_flops,
-    }
-    return {getattr(aten, name): formula for name, formula in known.items() if hasattr(aten, name)}
+@contextmanager
+def _by_reference(encoder: Any) -> Iterator[None]:
+    """Compute experts by the loop that defines them: plain products, which the counter knows."""
+    before = {m: m.backend for m in encoder.modules() if isinstance(m, MoE)}
+    for moe in before:
+        moe.backend = "reference"
+    try:
+        yield
+    finally:
+        for moe, backend in before.items():
+            moe.backend = backend
 
 
-def _grouped_mm_flops(a: Any, b: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """`[rows, d] @ [experts, d, f]` and, for the gradient of the weights, `[d, rows] @ [rows, f]`.
-
-    Every row meets the matrix of one expert only.
-    """
-    return 2 * prod(a) * b[-1]
-
-
-def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+def _attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_flop_count(q, k, v)
 
 
-def _attention_backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     return sdpa_backward_flop_count(grad, q, k, v)
+
+
+# torch 2.13 has formulas for its attention kernels on accelerators, none for the one on the CPU.
+_ATTENTION_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
