@@ -101,8 +101,10 @@ class Unified:
         if self.expert_score == "sigmoid":
             by_expert = logits.sigmoid() * (2.0 / logits.shape[-1])
         else:
-            by_expert = softmax_over_tokens(logits, valid)
-            by_expert = by_expert / by_expert.sum(-1, keepdim=True).clamp_min(1e-30)
+            # exp(logit - over_tokens) is the softmax over tokens. Dividing its rows by their sums
+            # is a softmax over experts, which does not underflow where a token is far behind.
+            over_tokens = _hide_padding(logits, valid).logsumexp(1, keepdim=True)
+            by_expert = (logits - over_tokens).softmax(-1)
         return (1 - self.alpha) * logits.softmax(-1) + self.alpha * by_expert
 
 
@@ -157,8 +159,15 @@ class SparseTransport:
 
 def softmax_over_tokens(logits: Tensor, valid: Valid) -> Tensor:
     """Softmax over the real tokens of each group; zero for padding and in an empty group."""
+    shares = _hide_padding(logits, valid).softmax(1)
     if valid is None:
-        return logits.softmax(1)
+        return shares
+    return shares * valid.reshape(*valid.shape, *(1 for _ in logits.shape[2:]))
+
+
+def _hide_padding(logits: Tensor, valid: Valid) -> Tensor:
+    """Logits that are as low as can be where there is no real token: finite in an empty group."""
+    if valid is None:
+        return logits
     real = valid.reshape(*valid.shape, *(1 for _ in logits.shape[2:]))
-    logits = logits.masked_fill(~real, torch.finfo(logits.dtype).min)
-    return logits.softmax(1) * real
+    return logits.masked_fill(~real, torch.finfo(logits.dtype).min)
