@@ -107,7 +107,7 @@ def _constant(chosen: Tensor, mask: Tensor | None, k: int, x: Tensor) -> SparseR
 
 def _mix(ids: Tensor, seed: int) -> Tensor:
     """Scatter 32-bit integers: neighbouring ids get unrelated starts (MurmurHash3's finaliser)."""
-    h = (ids.long() + seed * 0x9E3779B9) & 0xFFFFFFFF
+    h = (ids.long() + (seed * 0x9E3779B9 & 0xFFFFFFFF)) & 0xFFFFFFFF
     h = ((h ^ (h >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     h = ((h ^ (h >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return h ^ (h >> 16)

@@ -131,7 +131,7 @@ class SparseTransport:
     See `ops.transport.sparse_transport`; the similarity is a softmax over experts.
     """
 
-    capacity: Capacity
+    capacity: Capacity = field(default_factory=lambda: Capacity(factor=2.0))
     iterations: int = 20
     learning_rate: float = 1e-2
     gamma: float = 1.0
