@@ -14,7 +14,7 @@ counting, `vocabulary experts` for the whole.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
@@ -71,7 +71,7 @@ class Choices:
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
+    def from_dict(cls, data: Mapping[str, Any]) -> "Choices":
         """The inverse of `to_dict`, also of what came back from JSON."""
         sites = tuple(SiteChoices(**{**site, **_frozen(site)}) for site in data["sites"])
         return cls(

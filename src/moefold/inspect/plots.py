@@ -32,11 +32,11 @@ _NOT_FOR_A_PAGE = {
 
 
 def lines(
-    curves: Mapping[str, Sequence[tuple[Sequence[float], Sequence[float]]]],
+    curves: Mapping[str, Sequence[tuple[Sequence[int], Sequence[float]]]],
     *,
     x_label: str,
     y_label: str,
-    marks: Mapping[str, float] | None = None,
+    marks: Mapping[str, int] | None = None,
 ) -> str:
     """Smoothed curves, the mean of several per name (one per seed), each of them faint behind.
 
