@@ -385,7 +385,7 @@ def custom(
     """Any score x choice x weight; other settings go to the score or choice that knows them."""
     check_one_of("score", score, tuple(_SCORES))
     check_one_of("choice", choice, tuple(_CHOICES))
-    if capacity is not None or capacity_factor is not None:
+    if (capacity, capacity_factor, convention) != (None, None, "moefold"):
         settings["capacity"] = Capacity(
             rows=capacity, factor=capacity_factor, convention=convention
         )
