@@ -151,7 +151,7 @@ def l1(routing: Routing) -> Float[Tensor, ""]:
         return zero(routing)
     real = _real(routing)
     tokens = real.sum().clamp_min(1)
-    share = (_asked(routing) & real.unsqueeze(-1)).sum((0, 1)) / tokens
+    share = (_asked(routing) & real.unsqueeze(-1)).sum((0, 1)).to(routing.scores.dtype) / tokens
     mean = (routing.scores * real.unsqueeze(-1)).sum((0, 1)) / tokens
     loss = routing.num_experts * (share * mean).sum()
     return loss if routing.l1_strength is None else loss * routing.l1_strength
@@ -191,7 +191,7 @@ def _agreement(
     real: Bool[Tensor, "sets tokens"],
 ) -> Float[Tensor, ""]:
     """`E * sum_e f_e P_e` within each set of tokens, averaged over the sets that have any."""
-    counts = (asked & real.unsqueeze(-1)).sum(1)
+    counts = (asked & real.unsqueeze(-1)).sum(1).to(probability.dtype)
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     tokens = real.sum(1, keepdim=True).clamp_min(1)
     mean = (probability * real.unsqueeze(-1)).sum(1) / tokens
