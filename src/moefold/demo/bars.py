@@ -1,7 +1,7 @@
 """Progress of a long job on the terminal: the whole with the time left, and the step at hand."""
 
 from types import TracebackType
-from typing import Self, final
+from typing import final
 
 from rich.console import Console
 from rich.progress import (
@@ -42,7 +42,7 @@ class Bars:
         self._whole = self._progress.add_task(title, total=None)
         self._step = self._progress.add_task("", total=None, visible=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Bars":
         self._progress.start()
         return self
 

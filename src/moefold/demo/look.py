@@ -3,7 +3,7 @@
 Shapes: `batch tokens` of token ids and their attention mask.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +61,7 @@ def _to_show(pairs: Sequence[Pair]) -> list[Pair]:
     return (list(readable.values()) or list(pairs))[:_SHOWN]
 
 
-def _tensors(features: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+def _tensors(features: Mapping[str, Any]) -> list[tuple[str, torch.Tensor]]:
     return [(name, v) for name, v in features.items() if isinstance(v, torch.Tensor)]
 
 

@@ -40,7 +40,7 @@ from moefold.train import training_flops
 
 SCHEMA = 1
 _BIRTH_PAIRS = 64
-_COUNTED_PAIRS = 16
+_COUNTED_PAIRS = 8
 _LIBRARIES = ("moefold", "torch", "transformers", "sentence-transformers", "accelerate", "numpy")
 
 
@@ -150,7 +150,7 @@ def _birth(
         f"{birth['relative_error_max']:.1e}); cosine at least {birth['cosine_min']:.7f}"
     )
     bars.step("counting the operations of training")
-    counted = [text for p in data.train[:_COUNTED_PAIRS] for text in (p.query, p.code)]
+    counted = [text for p in sample(data.train, _COUNTED_PAIRS) for text in (p.query, p.code)]
     flops = {
         "dense": 2 * training_flops(dense, counted),
         "moe": 2 * training_flops(mixture, counted),
