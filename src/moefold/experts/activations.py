@@ -1,7 +1,7 @@
 """Activations by name: what an expert applies between its two products.
 
-Shapes: any; every activation works on each number by itself. Names are those of transformers'
-`ACT2FN`, so that a host's configuration can be read as it is.
+Shapes: `x [*any]`; every activation works on each number by itself. Names are those of
+transformers' `ACT2FN`, so that a host's configuration can be read as it is.
 """
 
 import difflib

@@ -10,11 +10,14 @@ Two operators that are each other's derivatives: `moefold::grouped_mm` above, an
 torch.compile, which could neither trace a loop over counts that are data nor, for float32, torch's
 own grouped product (its shape rule refuses what its CPU kernel computes).
 
+Shapes: `rows in` times `experts out in` gives `rows out`; counts are `experts`.
+
 Spare rows (past `rows_per_expert.sum()`) come back as zero and send no gradient; an expert without
 a row gets a gradient of exactly zero.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -197,11 +200,11 @@ def _outer_shape(left: Tensor, right: Tensor, rows_per_expert: Tensor) -> Tensor
     return left.new_empty(rows_per_expert.shape[0], left.shape[1], right.shape[1])
 
 
-def _keep_inputs(ctx, inputs, output) -> None:
+def _keep_inputs(ctx: Any, inputs: tuple, output: Tensor) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _mm_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _mm_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     rows, weights, counts = ctx.saved_tensors
     for_rows, for_weights, _ = ctx.needs_input_grad
     return (
@@ -211,7 +214,7 @@ def _mm_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]
     )
 
 
-def _outer_backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+def _outer_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
     left, right, counts = ctx.saved_tensors
     for_left, for_right, _ = ctx.needs_input_grad
     return (

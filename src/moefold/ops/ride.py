@@ -1,14 +1,15 @@
 """A loss that rides on the graph: added to no loss, yet trained.
 
-    y    any shape, what the layer returns
-    loss any shape, usually a scalar: an auxiliary loss, with its coefficient
-
 A layer inside somebody else's model cannot add to that model's loss, and a loss left in a global
 for the trainer to collect is left out by every trainer that does not know about it. So the loss
 rides on the layer's output instead: the output is unchanged, and when a gradient comes back through
 it the loss receives a gradient of one, as if it had been added to whatever was differentiated.
 The idea is used by Megatron-LM (`MoEAuxLossAutoScaler`) and DeepSeek-V2 (`AddAuxiliaryLoss`).
+
+Shapes: `y [*shape]`, what a layer returns; `loss [*any]`, usually a scalar.
 """
+
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -33,12 +34,12 @@ def ride(y: Float[Tensor, "*shape"], loss: Float[Tensor, "*any"]) -> Float[Tenso
 
 class _Ride(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, y: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(loss)
         # Not view_as: a view made here could not be changed in place by the layers that follow.
         return y.detach()
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors
         return grads[0], torch.ones_like(loss)

@@ -17,7 +17,7 @@ With d = grad @ down, the gradient of `hidden`: grad_value = d * act(pre), grad_
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float, Int
@@ -226,7 +226,7 @@ def _mlp_backward_shape(
     return _gradients(rows, up, down, wanted)
 
 
-def _keep(ctx, inputs, output) -> None:
+def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     rows, counts, up, down, _, _, ctx.gated, ctx.activation, _ = inputs
     _, pre, value = output
     ctx.mark_non_differentiable(pre, value)
@@ -234,7 +234,7 @@ def _keep(ctx, inputs, output) -> None:
     ctx.save_for_backward(rows, counts, up, down, pre, value)
 
 
-def _differentiate(ctx, grad: Tensor | None, of_pre: None, of_value: None) -> tuple:
+def _differentiate(ctx: Any, grad: Tensor | None, of_pre: None, of_value: None) -> tuple:
     if grad is None:
         return (None,) * 9
     rows, _, up, down, up_bias, down_bias = ctx.needs_input_grad[:6]

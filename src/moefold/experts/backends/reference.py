@@ -21,7 +21,7 @@ class ReferenceBackend(AbstractBackend):
     def reasons_against(self, rows: Tensor, weights: ExpertWeights) -> list[str]:
         """Anything but a compiled graph."""
         if torch.compiler.is_compiling():
-            return ["it reads rows_per_expert on the host, which torch.compile cannot trace"]
+            return ["it reads rows_per_expert on the host, which not every torch can compile"]
         return []
 
     def compute(

@@ -1,0 +1,254 @@
+"""Backends: how one is chosen, and what the fused one does by hand.
+
+That every backend computes what `reference` computes is the contract suite's claim
+(`moefold.testing.check_backend`); here is what that suite cannot know.
+"""
+
+from dataclasses import replace
+from itertools import product
+from typing import cast
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moefold.experts import (
+    AbstractBackend,
+    Experts,
+    ExpertWeights,
+    backends,
+    choose_backend,
+    explain_backends,
+)
+from moefold.experts.backends import PRIORITY, fused
+from moefold.experts.backends.fused import FusedBackend
+from moefold.experts.backends.grouped import GroupedBackend
+from moefold.experts.backends.reference import ReferenceBackend
+from tests.routers.common import untyped
+
+ROWS = torch.zeros(3, 4)
+
+
+def weights_of(**kind) -> ExpertWeights:
+    return Experts(2, 4, 3, **kind).weights
+
+
+# The choice.
+
+
+def test_the_first_that_can_run_is_chosen():
+    assert PRIORITY == ("fused", "grouped", "reference")
+    assert isinstance(choose_backend("auto", ROWS, weights_of()), FusedBackend)
+    # fused has no derivative of tanh; on another device it is out of the question
+    tanh = weights_of(activation="tanh")
+    assert isinstance(choose_backend("auto", ROWS, tanh), GroupedBackend)
+    assert isinstance(choose_backend("auto", ROWS.to("meta"), weights_of()), GroupedBackend)
+
+
+def test_a_named_backend_is_taken():
+    for name in PRIORITY:
+        assert choose_backend(name, ROWS, weights_of()) is backends.get(name)
+
+
+def test_a_named_backend_that_cannot_run_says_all_its_reasons():
+    match = (
+        "backend 'fused' cannot run here: it is for the cpu, and the rows are on meta; it knows "
+        "the derivative of gelu, gelu_tanh, relu, silu, not of tanh. Choose another, or 'auto'"
+    )
+    with pytest.raises(ValueError, match=match):
+        choose_backend("fused", ROWS.to("meta"), weights_of(activation="tanh"))
+
+
+def test_an_unknown_backend_is_met_with_the_nearest():
+    with pytest.raises(ValueError, match="unknown backend 'gruped'; did you mean 'grouped'"):
+        choose_backend("gruped", ROWS, weights_of())
+
+
+def test_when_none_can_run_all_say_why(monkeypatch):
+    class Never(AbstractBackend):
+        def reasons_against(self, rows, weights):
+            return ["it is Monday", "it rains"]
+
+        def compute(self, rows, rows_per_expert, weights):
+            raise NotImplementedError
+
+    monkeypatch.setattr(backends, "get", lambda name: Never())
+    with pytest.raises(ValueError, match=r"fused: it is Monday; it rains\. grouped: it is Monday"):
+        choose_backend("auto", ROWS, weights_of())
+
+
+def test_the_whole_table_is_explained():
+    verdicts = explain_backends(ROWS, weights_of(activation=torch.sin))
+    assert [v.name for v in verdicts][:3] == list(PRIORITY)
+    assert all(v.summary == backends.describe()[v.name] for v in verdicts)
+    (reason,) = verdicts[0].reasons
+    assert "not of <built-in method sin" in reason
+    assert verdicts[1].reasons == verdicts[2].reasons == ()
+
+
+# The fused backend, which differentiates by hand. Where the suite is about equality with the
+# reference, these are about its own operators.
+
+
+@pytest.mark.parametrize(
+    ("gated", "bias", "activation"), list(product((False, True), (False, True), fused._WRITTEN))
+)
+def test_fused_derivatives(gated, bias, activation):
+    experts = Experts(3, 4, 3, gated, bias, activation, dtype=torch.float64)
+    rows = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([2, 0, 4])
+    names = list(dict(experts.named_parameters()))
+
+    def compute(rows: Tensor, *parameters: Tensor) -> Tensor:
+        given = dict(zip(names, parameters, strict=True))
+        return torch.func.functional_call(experts, given, (rows, counts, "fused"))
+
+    assert torch.autograd.gradcheck(compute, (rows, *experts.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_fused_rounds_no_more_than_the_reference(dtype):
+    # Padded blocks, several of them: 45, 64 and 91 rows. Both round at the same places, so their
+    # distances to the exact result differ by chance only, and by a few percent.
+    experts = Experts(4, 48, 40, bias=True, activation="gelu", dtype=dtype)
+    rows, counts = torch.randn(200, 48).to(dtype), torch.tensor([45, 0, 64, 91])
+    grad = torch.randn(200, 48).to(dtype)
+
+    def solve(experts: Experts, rows: Tensor, backend: str) -> list[Tensor]:
+        rows = rows.detach().requires_grad_()
+        y = experts(rows, counts, backend)
+        return [y, *torch.autograd.grad(y, [rows, *experts.parameters()], grad.to(y.dtype))]
+
+    fused, reference = (solve(experts, rows, name) for name in ("fused", "reference"))
+    exact = solve(experts.double(), rows.double(), "reference")
+    for ours, theirs, true in zip(fused, reference, exact, strict=True):
+        assert (ours - true).norm() <= 1.1 * (theirs - true).norm()
+
+
+@pytest.mark.parametrize("wanted", list(product((False, True), repeat=5))[1:])
+def test_fused_makes_the_gradients_that_are_wanted(wanted):
+    experts = Experts(3, 6, 5, bias=True)
+    leaves = [torch.randn(9, 6), *experts.parameters()]
+    counts, grad = torch.tensor([4, 0, 5]), torch.randn(9, 6)
+    for leaf in leaves:
+        leaf.requires_grad_()
+    all_of_them = torch.autograd.grad(experts(leaves[0], counts, "fused"), leaves, grad)
+    # leaves: rows, gate_up_proj, down_proj, gate_up_proj_bias, down_proj_bias
+    for leaf, flag in zip(leaves, wanted, strict=True):
+        leaf.requires_grad_(flag)
+    experts(leaves[0], counts, "fused").backward(grad)
+    for leaf, flag, same in zip(leaves, wanted, all_of_them, strict=True):
+        assert torch.equal(leaf.grad, same) if flag else leaf.grad is None
+
+
+def test_fused_keeps_nothing_where_nothing_is_learnt():
+    experts, rows, counts = Experts(3, 6, 5), torch.randn(9, 6), torch.tensor([4, 0, 5])
+    with torch.no_grad():
+        found = experts(rows, counts, "fused")
+    assert torch.equal(found, experts(rows, counts, "fused").detach())
+    w = experts.weights
+    for keep, kept in ((False, 0), (True, 9 * 5)):
+        args = (rows, counts, w.up, w.down, None, None, True, "silu", keep)
+        _, pre, value = torch.ops.moefold.expert_mlp(*args)
+        assert (pre.numel(), value.numel()) == (kept, kept)
+
+
+def test_fused_refuses_a_second_derivative():
+    experts, counts = Experts(2, 4, 3), torch.tensor([1, 2])
+    rows = torch.randn(3, 4, requires_grad=True)
+    y = experts(rows, counts, "fused")
+    (first,) = torch.autograd.grad(y.square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"expert_mlp_backward.* no autograd formula"):
+        first.sum().backward()
+
+
+def test_grouped_has_a_second_derivative():
+    experts = Experts(3, 4, 3, bias=True, activation="tanh", dtype=torch.float64)
+    rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    counts = torch.tensor([2, 0, 3])
+    assert torch.autograd.gradgradcheck(lambda r: experts(r, counts, "grouped"), rows)
+
+
+def test_fused_has_room_for_every_padded_block():
+    # rows fall to experts in any way: the kept rows must hold the padded blocks of all of them
+    low = torch.bfloat16
+    for experts, rows in product((1, 3, 64), (1, 31, 200, 5000)):
+        like = torch.empty(rows, 1, dtype=low)
+        for sharpness in (0.1, 1.0, 100.0):
+            share = torch.distributions.Dirichlet(torch.full((experts,), sharpness)).sample()
+            expert = torch.multinomial(share, rows, replacement=True)
+            counts = torch.bincount(expert, minlength=experts)
+            *_, (_, _, last) = fused._placed(counts, like)
+            assert last.stop <= fused._room(like, experts)
+
+
+@pytest.mark.compile  # it traces with symbolic sizes, which the typing hook takes for wrong types
+def test_fused_operators_are_registered_right():
+    for dtype, gated in product((torch.float32, torch.bfloat16), (False, True)):
+        w = Experts(3, 8, 6, gated, bias=True, dtype=dtype).weights
+        rows = torch.randn(12, 8).to(dtype).requires_grad_()
+        args = (w.up, w.down, w.up_bias, w.down_bias, gated, "silu", True)
+        torch.library.opcheck(
+            torch.ops.moefold.expert_mlp.default, (rows, torch.tensor([4, 0, 6]), *args)
+        )
+
+
+@pytest.mark.parametrize("backend", PRIORITY)
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_gradient(backend, reentrant):
+    experts, counts = Experts(3, 6, 5, bias=True), torch.tensor([4, 0, 5])
+    rows = torch.randn(9, 6, requires_grad=True)
+    of = [rows, *experts.parameters()]
+    experts(rows, counts, backend).sin().sum().backward()
+    wanted = [leaf.grad.clone() for leaf in of]
+    for leaf in of:
+        leaf.grad = None
+    y = checkpoint(lambda r: experts(r, counts, backend).sin(), rows, use_reentrant=reentrant)
+    y.sum().backward()
+    assert all(torch.equal(leaf.grad, same) for leaf, same in zip(of, wanted, strict=True))
+
+
+def test_grouped_sums_the_gradient_of_a_bias_in_float32():
+    # 4096 rows of gradient 1: a sum kept in bfloat16 would stop growing at 256
+    experts = Experts(1, 8, 8, gated=False, bias=True, activation="tanh", dtype=torch.bfloat16)
+    experts(torch.zeros(4096, 8, dtype=torch.bfloat16), torch.tensor([4096]), "grouped").backward(
+        torch.ones(4096, 8, dtype=torch.bfloat16)
+    )
+    bias = experts.weights.down_bias
+    assert bias is not None
+    assert bias.grad is not None
+    assert (bias.grad == 4096).all()
+
+
+def test_backends_say_what_they_cannot_do():
+    reference, grouped = ReferenceBackend(), GroupedBackend()
+    assert reference.reasons_against(ROWS, weights_of()) == []
+    assert grouped.reasons_against(ROWS, weights_of()) == []
+
+    class Elsewhere:
+        device = torch.device("mps")
+
+    with untyped():
+        (reason,) = grouped.reasons_against(cast(Tensor, Elsewhere()), weights_of())
+    assert reason == "it was never run on mps, only on cpu and cuda"
+
+
+def test_weights_are_a_value():
+    weights = weights_of()
+    with pytest.raises(AttributeError, match="cannot assign to field"):
+        weights.up = ROWS  # pyright: ignore[reportAttributeAccessIssue]
+    assert replace(weights, activation="relu").activation == "relu"
+
+
+@pytest.mark.compile
+def test_reference_is_not_chosen_for_a_compiled_graph():
+    said = []
+
+    def ask(rows: Tensor) -> Tensor:
+        said.extend(ReferenceBackend().reasons_against(rows, weights))
+        return rows + 1
+
+    weights = weights_of()
+    torch.compile(ask, fullgraph=True, backend="eager")(ROWS)
+    assert said == ["it reads rows_per_expert on the host, which not every torch can compile"]
