@@ -5,6 +5,8 @@ Soft routings have a load (how much of the tokens' mass returns from each expert
 nothing is dropped, nobody is uncovered.
 """
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -48,7 +50,7 @@ def entropy(routing: Routing) -> float:
     if len(logits) == 0:
         return 0.0
     log_p = logits.log_softmax(-1)
-    return float(-(log_p.exp() * log_p).sum(-1).mean() / torch.log(torch.tensor(logits.shape[-1])))
+    return float(-(log_p.exp() * log_p).sum(-1).mean()) / math.log(logits.shape[-1])
 
 
 @torch.no_grad()
