@@ -4,10 +4,9 @@ import collections
 
 import pytest
 import torch
-import transformers.utils
 
 import moefold
-from moefold.train import FineTuning, fine_tune, in_batches, training_flops
+from moefold.train import FineTuning, contrastive, fine_tune, in_batches, training_flops
 from tests.train.tiny import PAIRS, tiny_encoder
 
 
@@ -61,6 +60,7 @@ def test_a_run_going_on_is_the_longer_run(tmp_path):
     # With dropout, warm-up past the first step, and a pause that evaluates and draws random
     # numbers: step by step the same losses, bit for bit. A schedule that decays would differ.
     losses = []
+    short = None
     seen: list[tuple[bool, torch.Tensor]] = []
     for examples, paused in ((32, False), (64, True)):
         encoder = tiny_encoder(tmp_path / str(examples))
@@ -78,6 +78,7 @@ def test_a_run_going_on_is_the_longer_run(tmp_path):
     ((training, at_pause),) = seen
     assert not training
     # The encoder at the pause is the encoder the short run ended with.
+    assert short is not None
     assert torch.equal(at_pause, short)
     whole = fine_tune(tiny_encoder(tmp_path / "w"), PAIRS, settings(examples=64))
     assert whole.loss == losses[1]
@@ -147,7 +148,7 @@ def test_bad_input(tmp_path, monkeypatch):
         fine_tune(encoder, PAIRS, settings(), pauses={12: lambda: None})
     with pytest.raises(ValueError, match=r"pause at 40 examples: .* at most 32"):
         fine_tune(encoder, PAIRS, settings(), pauses={40: lambda: None})
-    monkeypatch.setattr(transformers.utils, "is_accelerate_available", lambda: False)
+    monkeypatch.setattr(contrastive, "find_spec", lambda name: None if name == "accelerate" else 1)
     with pytest.raises(ValueError, match=r"needs accelerate, .* `pip install 'moefold\[demo\]'`"):
         fine_tune(encoder, PAIRS, settings())
 

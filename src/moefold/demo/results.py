@@ -99,7 +99,7 @@ def _verdict(name: str, interval: Mapping[str, float]) -> str:
 def lines(results: Mapping[str, Any]) -> list[str]:
     """The comparison as lines of text, for a terminal."""
     head = ("", "examples", "TFLOP", "nDCG@10", "95% interval", "MRR@10", "recall@1", "recall@10")
-    rows = [head]
+    rows: list[tuple[str, ...]] = [head]
     for name, model in results["models"].items():
         main = model[MAIN]
         rows.append(

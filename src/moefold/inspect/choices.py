@@ -233,7 +233,7 @@ def characteristic(
         z = (odds[0] - odds[1]) / np.sqrt(1 / (here + prior) + 1 / (there + prior))
         order = np.argsort(-z, kind="stable")[:most]
         lists.append(
-            tuple((words[i], round(float(z[i]), 2), round(here[i])) for i in order if z[i] > 1.96)
+            tuple((words[i], round(float(z[i]), 2), int(here[i])) for i in order if z[i] > 1.96)
         )
     return tuple(lists)
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -191,9 +192,7 @@ def _examples(encoder: Any, pairs: Sequence[Texts], settings: FineTuning) -> int
 
 
 def _check_packages() -> None:
-    from transformers.utils import is_accelerate_available, is_datasets_available
-
-    present = {"accelerate": is_accelerate_available(), "datasets": is_datasets_available()}
+    present = {name: find_spec(name) is not None for name in ("accelerate", "datasets")}
     missing = [name for name, here in present.items() if not here]
     if missing:
         raise ValueError(
@@ -231,7 +230,9 @@ def _trainer(
 
         def get_batch_sampler(self, dataset: Any, batch_size: int, *_: Any, **__: Any) -> Any:
             return DefaultBatchSampler(
-                SequentialSampler(dataset), batch_size=batch_size, drop_last=True
+                SequentialSampler(dataset),  # pyright: ignore[reportArgumentType]
+                batch_size=batch_size,
+                drop_last=True,
             )
 
     pairs = [pair for batch in batches for pair in batch]
