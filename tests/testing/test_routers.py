@@ -513,7 +513,7 @@ def one_check(
     check: str,
     exceptions: dict[str, str] | None = None,
 ) -> Report:
-    case = RouterCase(make=make, dim=7, num_experts=5, ids=False, compile=False, device="cpu")
+    case = RouterCase(make=make, dim=7, num_experts=5)
     with untyped():  # most people have no typing hook to catch it first
         return run("router", {check: ROUTER_CHECKS[check]}, case, exceptions)
 

@@ -5,7 +5,8 @@ invariant does not apply to the case, and None if it holds. All checks run befor
 raised, so that one call tells everything that is wrong.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -90,10 +91,21 @@ def without_a_case(members: Iterable[str], cases: Iterable[str]) -> tuple[str, .
     return tuple(name for name in members if name not in covered)
 
 
+@contextmanager
+def from_seed(seed: int) -> Iterator[None]:
+    """Draw from a fixed random state inside, and go on outside as if nothing had been drawn."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        # Not torch.manual_seed: for every kind of device that is absent it keeps a stack trace.
+        torch.default_generator.manual_seed(seed)
+        if devices:
+            torch.cuda.manual_seed(seed)
+        yield
+
+
 def _outcome(check: Check[Case], case: Case) -> tuple[Exception | None, str | None]:
     # Every check starts from the same random state, and leaves the caller's as it was.
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
+    with from_seed(0):
         try:
             return None, check(case)
         except Exception as error:

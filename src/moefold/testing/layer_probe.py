@@ -13,19 +13,19 @@ from torch import Tensor
 from moefold.experts import Experts, activations
 from moefold.moe import MoE, MoEConfig
 from moefold.record import record_routing
+from moefold.routers import AbstractRouter
 from moefold.routing import Routing
-from moefold.testing.probe import Batch, RouterCase, assert_close, from_seed
+from moefold.testing.contract import from_seed
+from moefold.testing.probe import Batch, RouterCase, assert_close
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerCase:
-    """A layer to be checked, and the sizes to check it at."""
+    """A layer to be checked, and where its tokens come from."""
 
     config: MoEConfig
     dim: int
-    ids: bool
-    compile: bool
-    device: str
+    tokens: RouterCase
 
     def layer(
         self, *, training: bool = False, dtype: torch.dtype = torch.float64, **changes: Any
@@ -33,23 +33,35 @@ class LayerCase:
         """A new layer, the same on every call except for the changes to its configuration."""
         with from_seed(0):
             layer = replace(self.config, **changes).build(self.dim, site="encoder.layer.3")
-        return layer.to(self.device, dtype).train(training)
-
-    @property
-    def tokens(self) -> RouterCase:
-        """Where batches come from."""
-        return RouterCase(
-            make=self.config.router.build,
-            dim=self.dim,
-            num_experts=self.config.num_experts,
-            ids=self.ids,
-            compile=False,
-            device=self.device,
-        )
+        return layer.to(self.tokens.device, dtype).train(training)
 
     def batches(self) -> Iterator[Batch]:
         """Without and with padding; see `RouterCase.batches`."""
         return self.tokens.batches()
+
+
+def layer_case(
+    config: MoEConfig,
+    *,
+    dim: int = 7,
+    ids: bool = False,
+    compile: bool = False,
+    device: str = "cpu",
+) -> LayerCase:
+    """A case for a configuration; settings that do not fit raise here, by themselves."""
+    with from_seed(0):
+        router = config.build(dim).router
+    assert isinstance(router, AbstractRouter), "configurations build nothing else"
+    tokens = RouterCase(
+        make=config.router.build,
+        dim=dim,
+        num_experts=config.num_experts,
+        group=router.group,
+        ids=ids,
+        compile=compile,
+        device=device,
+    )
+    return LayerCase(config=config, dim=dim, tokens=tokens)
 
 
 def forward(layer: Callable[..., Tensor], batch: Batch, *, seed: int = 0) -> Tensor:

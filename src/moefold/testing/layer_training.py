@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from moefold.losses import has_choice
 from moefold.moe import MoEConfig, set_loss_scale
 from moefold.record import record_routing
+from moefold.testing.contract import from_seed
 from moefold.testing.layer_probe import (
     LayerCase,
     forward,
@@ -24,7 +25,7 @@ from moefold.testing.layer_probe import (
     same_gradients,
     task,
 )
-from moefold.testing.probe import Batch, assert_close, from_seed
+from moefold.testing.probe import Batch, assert_close
 
 LOSSES = {"balance": 0.3, "z": 0.2}
 
@@ -49,19 +50,19 @@ def checkpointing(case: LayerCase) -> str | None:
 
 def losses_ride(case: LayerCase) -> str | None:
     """A loss that rides trains as one that is added: with accumulation and checkpointing too."""
-    batches = list(case.batches())
+    batches = list(case.batches())[:2]
+    steps = len(batches)
     own = case.layer().losses
-    for coefficients in (own or LOSSES, LOSSES):
-        for given in (batches[:1], batches):
-            added = _added(case, given, coefficients)
-            for repeat in (False, True):
-                layer = case.layer(training=True, losses=coefficients)
-                set_loss_scale(layer, 1 / len(given))
-                call = partial(checkpoint, layer, use_reentrant=False) if repeat else layer
-                for seed, batch in enumerate(given):
-                    (task(forward(call, batch, seed=seed)) / len(given)).backward()
-                what = f"{len(given)} batches{', checkpointed' if repeat else ''}"
-                same_gradients(gradients(layer), added, f"riding against added, {what}")
+    for coefficients in (own, LOSSES) if own else (LOSSES,):
+        added = _added(case, batches, coefficients)
+        for repeat in (False, True):
+            layer = case.layer(training=True, losses=coefficients)
+            set_loss_scale(layer, 1 / steps)
+            call = partial(checkpoint, layer, use_reentrant=False) if repeat else layer
+            for seed, batch in enumerate(batches):
+                (task(forward(call, batch, seed=seed)) / steps).backward()
+            what = f"riding{', checkpointed,' if repeat else ''} against added, {steps} batches"
+            same_gradients(gradients(layer), added, what)
     return _would_show(case, batches[0])
 
 
@@ -127,7 +128,7 @@ def copies_and_saved_state(case: LayerCase) -> str | None:
     """A deep copy, and a new layer that loads the state dict, compute the same, bit for bit."""
     layer = case.layer()
     with from_seed(99):
-        fresh = case.config.build(case.dim).to(case.device, torch.float64).eval()
+        fresh = case.config.build(case.dim).to(case.tokens.device, torch.float64).eval()
     fresh.load_state_dict(layer.state_dict())
     twin = copy.deepcopy(layer)
     for batch in case.batches():
@@ -154,7 +155,7 @@ def config_as_data(case: LayerCase) -> str | None:
 
 def compiles(case: LayerCase) -> str | None:
     """`torch.compile(fullgraph=True)` equals eager in values and gradients, and records once."""
-    if not case.compile:
+    if not case.tokens.compile:
         return "it takes seconds; ask for it by compile=True"
     for batch in list(case.batches())[:2]:
         torch.compiler.reset()

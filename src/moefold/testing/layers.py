@@ -11,7 +11,7 @@ from moefold.moe import MoEConfig
 from moefold.testing import layer_training as training
 from moefold.testing import layer_value as value
 from moefold.testing.contract import Check, Report, run
-from moefold.testing.layer_probe import LayerCase
+from moefold.testing.layer_probe import LayerCase, layer_case
 
 LAYER_CHECKS: dict[str, Check[LayerCase]] = {
     "definition": value.equals_definition,
@@ -61,6 +61,5 @@ def check_layer(
         AssertionError: an invariant does not hold; names all of them, and how.
         ValueError: unknown exception, or the configuration cannot be built.
     """
-    case = LayerCase(config=config, dim=dim, ids=ids, compile=compile, device=device)
-    case.layer()  # settings that do not fit raise here, by themselves
+    case = layer_case(config, dim=dim, ids=ids, compile=compile, device=device)
     return run(f"layer with router {config.router}", LAYER_CHECKS, case, exceptions)

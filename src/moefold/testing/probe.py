@@ -18,6 +18,7 @@ from torch import Tensor
 from moefold.record import AbstractRouted
 from moefold.routers import AbstractRouter
 from moefold.routing import Group, Grouping, Routing, SoftRouting, SparseRouting
+from moefold.testing.contract import from_seed
 
 # In float64 the checks compare numbers of order 1 that come of a few hundred operations: rounding
 # is below 1e-12, and what a mistake changes is above 1e-4.
@@ -56,6 +57,7 @@ class RouterCase:
         make: builds a new one for `dim` and `num_experts`.
         dim: width of a token; odd and unlike `num_experts`, so that dims cannot be mixed up.
         num_experts: number of experts.
+        group: which tokens compete.
         ids: whether the router is given token ids.
         compile: whether to run the check that compiles.
         device: where to run.
@@ -64,9 +66,10 @@ class RouterCase:
     make: Callable[[int, int], AbstractRouter]
     dim: int
     num_experts: int
-    ids: bool
-    compile: bool
-    device: str
+    group: Group = "sequence"
+    ids: bool = False
+    compile: bool = False
+    device: str = "cpu"
 
     def router(
         self, *, training: bool = False, dtype: torch.dtype = torch.float64
@@ -77,17 +80,12 @@ class RouterCase:
             router.update([route(router.train(), self.batch(2, 6, dtype=dtype))])
         return router.train(training)
 
-    def group(self) -> Group:
-        """Which tokens compete."""
-        return self.make(self.dim, self.num_experts).group
-
     def batch(
         self, batch: int, tokens: int, *, seed: int = 1, dtype: torch.dtype = torch.float64
     ) -> Batch:
         """Random tokens; as many more as make the router's groups come out even."""
-        group = self.group()
-        if isinstance(group, int):
-            tokens = -(-tokens // group) * group
+        if isinstance(self.group, int):
+            tokens = -(-tokens // self.group) * self.group
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(batch, tokens, self.dim, generator=generator, dtype=torch.float64)
         ids = None
@@ -182,14 +180,6 @@ def group_of_token(grouping: Grouping, device: str) -> Int[Tensor, "batch tokens
     """Number of the group that every token is in."""
     number = torch.arange(grouping.groups, device=device).unsqueeze(1)
     return grouping.merge(number.expand(grouping.groups, grouping.members))
-
-
-@contextmanager
-def from_seed(seed: int) -> Iterator[None]:
-    """Draw from a fixed random state inside, and go on outside as if nothing had been drawn."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        yield
 
 
 @contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 from moefold.routers import AbstractRouter, RouterConfig
 from moefold.testing import router_training as training
 from moefold.testing import router_value as value
-from moefold.testing.contract import Check, Report, run
-from moefold.testing.probe import RouterCase, from_seed
+from moefold.testing.contract import Check, Report, from_seed, run
+from moefold.testing.probe import RouterCase
 
 ROUTER_CHECKS: dict[str, Check[RouterCase]] = {
     "returns a routing": value.returns_a_routing,
@@ -85,9 +85,6 @@ def check_router(
             return router.build(dim, num_experts)
         return router(dim, num_experts, **settings)
 
-    case = RouterCase(
-        make=make, dim=dim, num_experts=num_experts, ids=ids, compile=compile, device=device
-    )
     with from_seed(0):
         made = make(dim, num_experts)  # settings that do not fit raise here, by themselves
     if not isinstance(made, AbstractRouter):
@@ -95,5 +92,14 @@ def check_router(
             f"the factory made a {type(made).__name__}; a router derives from "
             "moefold.routers.AbstractRouter and calls super().__init__(dim, num_experts)."
         )
+    case = RouterCase(
+        make=make,
+        dim=dim,
+        num_experts=num_experts,
+        group=made.group,
+        ids=ids,
+        compile=compile,
+        device=device,
+    )
     subject = str(router) if isinstance(router, RouterConfig) else type(made).__name__
     return run(f"router {subject}", ROUTER_CHECKS, case, exceptions)
