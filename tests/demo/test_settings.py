@@ -26,11 +26,18 @@ def test_what_cannot_be_is_refused(changes, message):
         DemoSettings(**changes)
 
 
-def test_the_sizes_are_valid_and_grow():
-    quick, default, full = (SIZES[name]() for name in ("quick", "default", "full"))
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_sizes_are_valid_and_grow(precision):
+    quick, default, full = (SIZES[name](precision) for name in ("quick", "default", "full"))
+    assert {one.precision for one in (quick, default, full)} == {precision}
     assert quick.seeds * quick.examples < default.seeds * default.examples
     assert default.seeds * default.examples < full.seeds * full.examples
     assert full.seeds >= 3
+
+
+def test_a_slower_precision_does_less_by_default():
+    slow, fast = SIZES["default"]("fp32"), SIZES["default"]("bf16")
+    assert slow.seeds * slow.examples < fast.seeds * fast.examples
 
 
 def test_auto_is_what_the_processor_has(monkeypatch):

@@ -66,17 +66,11 @@ def main(arguments: Sequence[str]) -> None:
     from moefold.demo import run
     from moefold.demo.settings import SIZES
 
-    chosen = SIZES["quick" if asked.quick else "full" if asked.full else "default"]()
+    size = "quick" if asked.quick else "full" if asked.full else "default"
+    chosen = SIZES[size](asked.precision, asked.device)
     names = ("seeds", "examples", "max_tokens", "learning_rate")
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
-    settings = replace(
-        chosen,
-        model=asked.model,
-        upcycle=upcycle,
-        precision=asked.precision,
-        device=asked.device,
-        **given,
-    )
+    settings = replace(chosen, model=asked.model, upcycle=upcycle, **given)
     if asked.fresh:
         for file in (asked.out / "runs").glob("*.json"):
             file.unlink()
