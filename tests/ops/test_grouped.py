@@ -110,7 +110,7 @@ def test_spare_rows_and_empty_experts_get_exact_zeros_even_from_nan():
     assert (grad_weights[[0, 2, 3, 4]].abs().amax((1, 2)) > 0).all()
 
 
-# Without the large layout: finite differences of 290 rows take minutes, and float64 is never padded.
+# Without the last layout: finite differences of 290 rows take minutes, and float64 is not padded.
 @pytest.mark.parametrize("layout", list(LAYOUTS)[:-1])
 def test_first_and_second_derivatives(layout):
     rows, weights, counts = draw(layout, 3, 2)
