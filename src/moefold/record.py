@@ -11,7 +11,7 @@ checkpointing repeats during backward are not recorded twice.
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Float
@@ -35,6 +35,10 @@ class AbstractRouted(nn.Module):
         super().__init__()
         self.router = router
         self.sinks: tuple[list[Routing], ...] = ()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy made while a record is open is another layer: nobody listens to it.
+        return {**self.__dict__, "sinks": ()}
 
     def hand_over(self, routing: Routing) -> None:
         """Give the routing of this forward pass to whoever listens."""
