@@ -7,7 +7,7 @@ Shapes: `batch tokens dim` in and out (or `tokens dim`, one sequence).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, final
+from typing import TYPE_CHECKING, Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -21,6 +21,17 @@ from moefold.routers import RouterConfig
 from moefold.routers.base import check_at_least_zero, check_positive
 from moefold.routing import Routing
 
+if TYPE_CHECKING:
+    GivenRouter = RouterConfig  # what it is, once the configuration is made
+else:
+    GivenRouter = RouterConfig | str  # what may be given
+
+
+if TYPE_CHECKING:
+    _RouterOrName = RouterConfig  # whoever reads it reads a configuration ...
+else:
+    _RouterOrName = RouterConfig | str  # ... whoever writes it may give a name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MoEConfig:
@@ -29,7 +40,7 @@ class MoEConfig:
     Attributes:
         num_experts: number of experts.
         expert_width: hidden width of one expert; None for the host's, or `4 * dim` without a host.
-        router: a router's configuration, or its name for the default settings.
+        router: a router's configuration, or its name for the default settings (kept as one).
         gated: gated experts (SwiGLU and its kin) instead of plain ones.
         bias: whether experts have biases.
         activation: name of the activation.
@@ -44,7 +55,7 @@ class MoEConfig:
 
     num_experts: int = 8
     expert_width: int | None = None
-    router: RouterConfig = field(
+    router: _RouterOrName = field(
         default_factory=lambda: RouterConfig("token-choice", {"k": 2, "renormalize": True})
     )
     gated: bool = False
