@@ -167,9 +167,10 @@ def test_what_does_not_fit_is_refused_when_built():
 
 
 def test_a_router_may_be_given_by_its_name():
-    with untyped():  # the annotation says what it becomes
-        config = MoEConfig(router="expert-choice")  # pyright: ignore[reportArgumentType]
+    config = MoEConfig(router="expert-choice")  # pyright: ignore[reportArgumentType]
     assert config.router == routers.config("expert-choice")
+    with pytest.raises(ValueError, match=r"unknown router 'expert-choise'; did you mean 'expert-c"):
+        MoEConfig(router="expert-choise")  # pyright: ignore[reportArgumentType]
 
 
 # Bad input. The first four are seen before the layer where types are checked.
