@@ -157,7 +157,7 @@ def test_fused_keeps_nothing_where_nothing_is_learnt():
     w = experts.weights
     for keep, kept in ((False, 0), (True, 9 * 5)):
         args = (rows, counts, w.up, w.down, None, None, True, "silu", keep)
-        _, pre, value = torch.ops.moefold.expert_mlp(*args)
+        _, pre, value = torch.ops.moefold.fused_experts(*args)
         assert (pre.numel(), value.numel()) == (kept, kept)
 
 
@@ -166,7 +166,7 @@ def test_fused_refuses_a_second_derivative():
     rows = torch.randn(3, 4, requires_grad=True)
     y = experts(rows, counts, "fused")
     (first,) = torch.autograd.grad(y.square().sum(), rows, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"expert_mlp_backward.* no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"fused_experts_backward.* no autograd formula"):
         first.sum().backward()
 
 
@@ -197,7 +197,7 @@ def test_fused_operators_are_registered_right():
         rows = torch.randn(12, 8).to(dtype).requires_grad_()
         args = (w.up, w.down, w.up_bias, w.down_bias, gated, "silu", True)
         torch.library.opcheck(
-            torch.ops.moefold.expert_mlp.default, (rows, torch.tensor([4, 0, 6]), *args)
+            torch.ops.moefold.fused_experts.default, (rows, torch.tensor([4, 0, 6]), *args)
         )
 
 

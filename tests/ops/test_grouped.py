@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops import grouped
-from moefold.ops.grouped import grouped_mm, padded
+from moefold.ops.grouped import grouped_mm, overhang, padded
 from tests.routers.common import untyped
 
 # name: (rows per expert, rows). More rows than counted are spare.
@@ -182,8 +182,9 @@ def test_every_operator_is_registered_right():
 def test_low_precision_meets_few_shapes_and_few_zero_rows():
     low = torch.empty(0, dtype=torch.bfloat16)
     sizes = {count: padded(count, low) for count in range(1, 4097)}
-    assert len(set(sizes.values())) <= 32 + 2 * 16  # up to 1024 by 32, then 16 for each doubling
-    assert all(count <= size < count + max(32, count / 16 + 1) for count, size in sizes.items())
+    assert len(set(sizes.values())) <= 64 + 2 * 32  # up to 1024 by 16, then 32 for each doubling
+    assert all(count <= size < count + max(16, count / 32 + 1) for count, size in sizes.items())
+    assert all(size - count <= overhang(low.new_empty(count, 0)) for count, size in sizes.items())
     assert all(padded(size, low) == size for size in sizes.values())
     assert padded(7, torch.empty(0)) == 7
 

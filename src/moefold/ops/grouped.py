@@ -66,13 +66,18 @@ def padded(count: int, like: Tensor) -> int:
 
     On the CPU oneDNN compiles a low-precision product anew for every shape, which takes about as
     long as a product of 500 rows by 512 by 512, and keeps the 1024 latest. Counts differ in every
-    step, so we round up to multiples of 32 rows, or a 32nd of the next power of two. Blocks then
-    meet a few dozen shapes, for a few percent of zero rows (in shapes that oneDNN is faster at).
+    step, so we round up to multiples of 16 rows, or a 64th of the next power of two. Blocks then
+    meet a few dozen shapes, for one or two percent of zero rows.
     """
     if like.device.type != "cpu" or like.dtype not in LOW_PRECISION:
         return count
-    step = max(32, (1 << (count - 1).bit_length()) // 32)
+    step = max(16, (1 << (count - 1).bit_length()) // 64)
     return -(-count // step) * step
+
+
+def overhang(rows: Tensor) -> int:
+    """Return the most rows by which a padded block can end after the last of these rows."""
+    return 0 if padded(1, rows) == 1 else 15 + rows.shape[0] // 32
 
 
 def stretched(block: Tensor, size: int) -> Tensor:
@@ -127,18 +132,15 @@ def _check(rows: Tensor, weights: Tensor, rows_per_expert: Tensor) -> None:
 def _mm(rows: Tensor, weights: Tensor, rows_per_expert: Tensor) -> Tensor:
     # Every product is written where it belongs, with out=: nothing is concatenated, and autocast,
     # which leaves out= alone, cannot change the dtype when a backward pass runs inside of it.
-    out = rows.new_empty(rows.shape[0], weights.shape[1])
+    # A padded block reaches into the rows of the next expert, which writes them afterwards.
+    count = rows.shape[0]
+    out = rows.new_empty(count + overhang(rows), weights.shape[1])
     stop = 0
-    for expert, start, stop in blocks(rows_per_expert, rows.shape[0]):
-        matrix, size = weights[expert].t(), padded(stop - start, rows)
-        if size == stop - start:
-            torch.mm(rows[start:stop], matrix, out=out[start:stop])
-        else:
-            product = out.new_empty(size, out.shape[1])
-            torch.mm(stretched(rows[start:stop], size), matrix, out=product)
-            out[start:stop].copy_(product[: stop - start])
+    for expert, start, stop in blocks(rows_per_expert, count):
+        block = stretched(rows[start:stop], padded(stop - start, rows))
+        torch.mm(block, weights[expert].t(), out=out[start : start + block.shape[0]])
     out[stop:].zero_()
-    return out
+    return out[:count]
 
 
 @torch.library.custom_op("moefold::grouped_outer", mutates_args=())

@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefold.experts.backends.base import AbstractBackend, ExpertWeights
-from moefold.ops.grouped import as_linear_casts, blocks, padded, stretched
+from moefold.ops.grouped import as_linear_casts, blocks, overhang, padded, stretched
 
 _aten = torch.ops.aten
 
@@ -95,7 +95,7 @@ def _placed(rows_per_expert: Tensor, rows: Tensor) -> Iterator[tuple[int, slice,
 def _room(rows: Tensor, experts: int) -> int:
     """Return the most rows that all padded blocks can have together: see `padded`."""
     count = rows.shape[0]
-    return count if padded(1, rows) == 1 else count + count // 16 + 32 * experts
+    return count if padded(1, rows) == 1 else count + count // 32 + 16 * experts
 
 
 def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
@@ -105,7 +105,9 @@ def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     return torch.addmm(bias, x, matrix.t(), out=out)
 
 
-@torch.library.custom_op("moefold::expert_mlp", mutates_args=())
+# torch.compile caches graphs on disk by the name of an operator, with the shapes it returned: a change
+# to how many rows are kept needs another name.
+@torch.library.custom_op("moefold::fused_experts", mutates_args=())
 def _mlp(
     rows: Tensor,
     rows_per_expert: Tensor,
@@ -119,7 +121,7 @@ def _mlp(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the result, and if `keep` what the backward pass needs: `pre` and `value`."""
     activate, width = _WRITTEN[activation][0], down.shape[2]
-    out = rows.new_empty(rows.shape[0], down.shape[1])
+    out = rows.new_empty(rows.shape[0] + overhang(rows), down.shape[1])
     room = _room(rows, up.shape[0]) if keep else 0
     kept = rows.new_empty(room, width), rows.new_empty(room if gated else 0, width)
     own, place = slice(0, 0), slice(0, 0)
@@ -135,18 +137,15 @@ def _mlp(
         hidden = activate(halves[0], out=torch.empty_like(halves[0]))
         if gated:
             hidden.mul_(halves[1])
-        count = own.stop - own.start
-        result = out[own] if size == count else out.new_empty(size, out.shape[1])
+        result = out[own.start : own.start + size]  # what is too much, the next expert writes
         _linear(hidden, down[expert], None if down_bias is None else down_bias[expert], result)
-        if size != count:
-            out[own].copy_(result[:count])
     out[own.stop :].zero_()
     for part in kept:
         part[place.stop :].zero_()
-    return out, *kept
+    return out[: rows.shape[0]], *kept
 
 
-@torch.library.custom_op("moefold::expert_mlp_backward", mutates_args=())
+@torch.library.custom_op("moefold::fused_experts_backward", mutates_args=())
 def _mlp_backward(
     grad: Tensor,
     rows: Tensor,
@@ -161,7 +160,7 @@ def _mlp_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of rows, up, down and the two biases; empty where not wanted."""
     (activate, derivative), width = _WRITTEN[activation], down.shape[2]
-    grads = _gradients(rows, up, down, wanted)
+    grads = _gradients(rows, up, down, wanted, overhang(rows))
     grad_rows, grad_up, grad_down, grad_up_bias, grad_down_bias = grads
     for_rows, for_up, for_down, for_up_bias, for_down_bias = wanted
     before, own = 0, slice(0, 0)
@@ -191,21 +190,23 @@ def _mlp_backward(
         if for_up:
             torch.mm(of_first.t(), x, out=grad_up[expert])
         if for_rows:
-            count = own.stop - own.start
-            of_x = grad_rows[own] if size == count else torch.empty_like(x)
-            torch.mm(of_first, up[expert], out=of_x)
-            if size != count:
-                grad_rows[own].copy_(of_x[:count])
+            torch.mm(of_first, up[expert], out=grad_rows[own.start : own.start + size])
     for t in grads[1:]:
         t[before:].zero_()
     grad_rows[own.stop :].zero_()
-    return grads
+    return grad_rows[: rows.shape[0]], *grads[1:]
 
 
 def _gradients(
-    rows: Tensor, up: Tensor, down: Tensor, wanted: Sequence[bool]
+    rows: Tensor, up: Tensor, down: Tensor, wanted: Sequence[bool], more_rows: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    shapes = rows.shape, up.shape, down.shape, up.shape[:2], down.shape[:2]
+    shapes = (
+        (rows.shape[0] + more_rows, rows.shape[1]),
+        up.shape,
+        down.shape,
+        up.shape[:2],
+        down.shape[:2],
+    )
     made = (rows.new_empty(s if w else (0,)) for s, w in zip(shapes, wanted, strict=True))
     return tuple(made)  # pyright: ignore[reportReturnType]
 
