@@ -105,8 +105,8 @@ def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tens
     return torch.addmm(bias, x, matrix.t(), out=out)
 
 
-# torch.compile caches graphs on disk by the name of an operator, with the shapes it returned: a change
-# to how many rows are kept needs another name.
+# torch.compile caches graphs on disk by the name of an operator, with the shapes it returned then:
+# whoever changes how many rows are kept changes the name too.
 @torch.library.custom_op("moefold::fused_experts", mutates_args=())
 def _mlp(
     rows: Tensor,
