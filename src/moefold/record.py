@@ -4,8 +4,8 @@
         model(x)
     record.loss(balance=0.01), record.metrics(), record["layers.3.mlp"]
 
-A layer hands its routing over to the lists that are open; it keeps none itself. It is not a forward
-hook, because hooks added after `torch.compile` are ignored without a word. Passes that activation
+A layer hands its routing over to whoever listens; it keeps none itself. This is not a forward hook,
+because hooks added after `torch.compile` are ignored without a word. Passes that activation
 checkpointing repeats during backward are not recorded twice.
 """
 
@@ -23,18 +23,42 @@ from moefold.routers import AbstractRouter
 from moefold.routing import Routing
 
 
+@final
+class Heard:
+    """The routings of one layer, as a chain with the newest first.
+
+    Not a list: torch.compile guards on the length of a list that it has seen grow, so that it would
+    compile anew at every pass, and give up after the eighth.
+    """
+
+    def __init__(self) -> None:
+        self.last: tuple[Any, ...] = ()
+
+    def add(self, routing: Routing) -> None:
+        """Append a routing."""
+        self.last = (routing, self.last)
+
+    def all(self) -> list[Routing]:
+        """Every routing, the oldest first."""
+        found, rest = [], self.last
+        while rest:
+            routing, rest = rest
+            found.append(routing)
+        return found[::-1]
+
+
 class AbstractRouted(nn.Module):
     """A layer with a router whose routings can be recorded.
 
     Attributes:
         router: the router.
-        sinks: lists that want every routing of this layer; opened and closed by `record_routing`.
+        sinks: who wants every routing of this layer; opened and closed by `record_routing`.
     """
 
     def __init__(self, router: nn.Module) -> None:
         super().__init__()
         self.router = router
-        self.sinks: tuple[list[Routing], ...] = ()
+        self.sinks: tuple[Heard, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy made while a record is open is another layer: nobody listens to it.
@@ -44,32 +68,36 @@ class AbstractRouted(nn.Module):
         """Give the routing of this forward pass to whoever listens."""
         if self.sinks and not _in_backward():
             for sink in self.sinks:
-                sink.append(routing)
+                sink.add(routing)
 
 
 @final
 class Record(Mapping[str, list[Routing]]):
-    """Routings by site: one list for each MoE layer, one entry for each forward pass."""
+    """Routings by site: a list for each MoE layer, with an entry for each forward pass so far.
+
+    Attributes:
+        heard: where the layers write, by site.
+    """
 
     def __init__(self, layers: dict[str, AbstractRouted]) -> None:
         self._layers = layers
-        self._routings: dict[str, list[Routing]] = {site: [] for site in layers}
+        self.heard = {site: Heard() for site in layers}
 
     def __getitem__(self, site: str) -> list[Routing]:
-        if site not in self._routings:
-            raise KeyError(f"no MoE layer at {site!r}; layers: {', '.join(self._routings)}")
-        return self._routings[site]
+        if site not in self.heard:
+            raise KeyError(f"no MoE layer at {site!r}; layers: {', '.join(self.heard)}")
+        return self.heard[site].all()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._routings)
+        return iter(self.heard)
 
     def __len__(self) -> int:
-        return len(self._routings)
+        return len(self.heard)
 
     @property
     def sites(self) -> tuple[str, ...]:
         """Names of the MoE layers."""
-        return tuple(self._routings)
+        return tuple(self.heard)
 
     def loss(self, **coefficients: float) -> Float[Tensor, ""]:
         """Weighted sum of auxiliary losses: mean over forward passes, sum over sites.
@@ -82,7 +110,7 @@ class Record(Mapping[str, list[Routing]]):
         total = torch.zeros(())
         for name, coefficient in coefficients.items():
             function = losses.get(name.replace("_", "-"))
-            for routings in self._routings.values():
+            for routings in self.values():
                 if routings:
                     value = torch.stack([function(routing) for routing in routings]).mean()
                     total = total.to(value.device) + coefficient * value
@@ -91,7 +119,7 @@ class Record(Mapping[str, list[Routing]]):
     def metrics(self) -> dict[str, dict[str, float]]:
         """Every scalar metric by site, averaged over forward passes."""
         out = {}
-        for site, routings in self._routings.items():
+        for site, routings in self.items():
             each = [metrics(routing) for routing in routings]
             names = each[0] if each else ()
             out[site] = {name: sum(one[name] for one in each) / len(each) for name in names}
@@ -100,13 +128,14 @@ class Record(Mapping[str, list[Routing]]):
     def update(self) -> None:
         """Adapt biases, thresholds and penalties to what was recorded; once an optimiser step."""
         for site, layer in self._layers.items():
-            if isinstance(layer.router, AbstractRouter) and self._routings[site]:
-                layer.router.update(self._routings[site])
+            routings = self[site]
+            if isinstance(layer.router, AbstractRouter) and routings:
+                layer.router.update(routings)
 
     def clear(self) -> None:
         """Forget the routings so far, and the memory their graphs hold."""
-        for routings in self._routings.values():
-            routings.clear()
+        for heard in self.heard.values():
+            heard.last = ()
 
 
 @contextmanager
@@ -128,12 +157,12 @@ def record_routing(model: nn.Module) -> Iterator[Record]:
         )
     record = Record(layers)
     for site, layer in layers.items():
-        layer.sinks = (*layer.sinks, record[site])
+        layer.sinks = (*layer.sinks, record.heard[site])
     try:
         yield record
     finally:
         for site, layer in layers.items():
-            layer.sinks = tuple(sink for sink in layer.sinks if sink is not record[site])
+            layer.sinks = tuple(sink for sink in layer.sinks if sink is not record.heard[site])
 
 
 def _in_backward() -> bool:

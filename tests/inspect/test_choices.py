@@ -31,7 +31,8 @@ def sparse(tokens: Sequence[Sequence[str | None]]) -> SparseRouting:
 def record_of(*routings: SparseRouting | SoftRouting) -> Record:
     layer = moefold.MoEConfig(num_experts=3, expert_width=4).build(4)
     record = Record({"layers.3.mlp": layer})
-    record["layers.3.mlp"].extend(routings)
+    for routing in routings:
+        record.heard["layers.3.mlp"].add(routing)
     return record
 
 
@@ -85,7 +86,7 @@ def test_a_soft_routing_has_shares_and_no_pairs():
     soft = moefold.routers.config("soft")
     layer = moefold.MoEConfig(num_experts=2, expert_width=4, router=soft).build(4)
     record = Record({"mlp": layer})
-    record["mlp"].append(routing)
+    record.heard["mlp"].add(routing)
     tally = Tally(keep=1)
     tally.add(record, [["a", "b"]])
     (site,) = tally.choices().sites
