@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import BertConfig, BertModel
+from transformers.utils import logging
 
 from moefold.surgery.encoder import MINILM_PACKAGE, pretrained_encoder
 
@@ -26,6 +27,12 @@ def tiny_config(**changes: object) -> BertConfig:
         "initializer_range": 0.3,
     }
     return BertConfig(**{**settings, **changes})
+
+
+@pytest.fixture(autouse=True)
+def _no_bars():
+    """Progress bars share a lock with every child; one that is killed would never give it back."""
+    logging.disable_progress_bar()
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from importlib.metadata import version
 VERBS = {
     "demo": ("moefold.cli.demo:main", "upcycle a real encoder, train it beside its dense twin"),
     "doctor": ("moefold.cli.doctor:main", "what this machine has, and which backends can run"),
-    "list": ("moefold.cli.list:main", "routers, backends, hosts, losses, one line each"),
+    "list": ("moefold.cli.listing:main", "routers, backends, hosts, losses, one line each"),
     "plan": ("moefold.cli.plan:main", "what surgery would do to a model; nothing is touched"),
     "upcycle": ("moefold.cli.upcycle:main", "turn a dense model into a mixture and save it"),
 }

@@ -39,6 +39,8 @@ def open_model(source: str) -> Opened:
     Raises:
         ValueError: there is no such model, it cannot be opened, or it is upcycled already.
     """
+    # Bars of a library inside a verb that shows its own progress, or none.
+    transformers.utils.logging.disable_progress_bar()
     folder = source_folder(source)
     if folder is not None and (folder / MANIFEST).is_file():
         raise ValueError(f"{folder} holds an upcycled model; give the dense one it was made from")

@@ -22,7 +22,7 @@ class Arguments:
         surgery: what to do to it.
     """
 
-    model: Annotated[str, tyro.conf.Positional]
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     surgery: Surgery = field(default_factory=Surgery)
 
 

@@ -260,6 +260,9 @@ def _site(name: str, layer: nn.Module, bert: BertModel) -> Site:
 class MoefoldBertConfig(BertConfig):
     """A BertConfig that says which layers are mixtures, in the entry `moefold`."""
 
+    # Configs of transformers take whatever stands in the file; a typed __init__ would not.
+    __no_type_check__ = True
+
     model_type = "moefold_bert"
     moefold: dict[str, Any] | None = None
 
@@ -279,6 +282,8 @@ def _rebuild(model: PreTrainedModel) -> None:
             raise ValueError(f"the config lists the site {name!r}; the model has {list(sites)}")
         site = sites[name]
         built = MoEConfig.from_dict(moe).build(site.dim, causal=site.causal, site=name)
+        if site.mlp is not None:
+            built.to(site.mlp.up.dtype)
         host.install(model, site, built, Changes())
 
 
@@ -348,6 +353,7 @@ def _read_strictly(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel
         local_files_only=True,
         trust_remote_code=False,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # they are reported, and refused below by name
     )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     wrong = {name: sorted(map(str, info[name])) for name in _WRONG if info.get(name)}

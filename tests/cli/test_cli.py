@@ -1,0 +1,266 @@
+"""The command line: its verbs, its frozen flags, its errors, and every example in its help."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizer
+
+import moefold
+from moefold import cli
+from moefold.cli import main
+from moefold.surgery.encoder import MINILM_PACKAGE
+from moefold.surgery.hosts.bert import BertMoELayer
+
+WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "rain", "token", "."]
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """A BERT-like folder with a tokenizer, as the real classes save it."""
+    (tmp_path / "vocab.txt").write_text("\n".join(WORDS))
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        intermediate_size=24,
+        initializer_range=0.3,
+    )
+    BertModel(config).save_pretrained(tmp_path / "dense")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "dense")
+    return "dense"
+
+
+def help_of(verb: str, capsys: pytest.CaptureFixture) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main([verb, "--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+# The flags are a promise: to change this list is to break somebody's script.
+SURGERY = [
+    "--alpha",
+    "--backend",
+    "--budget",
+    "--capacity",
+    "--capacity-factor",
+    "--experts",
+    "--group",
+    "--k",
+    "--no-renormalize",
+    "--noise-std",
+    "--renormalize",
+    "--router",
+    "--router-std",
+    "--shared-width",
+    "--sites",
+    "--slots",
+]
+FLAGS = {
+    "doctor": [],
+    "list": [],
+    "plan": SURGERY,
+    "upcycle": sorted([*SURGERY, "--force", "--no-force", "--out", "--seed"]),
+}
+
+
+@pytest.mark.parametrize("verb", FLAGS)
+def test_flags_are_frozen(verb, capsys):
+    text = help_of(verb, capsys)
+    found = re.findall(r"(?<![\w-])--[a-z][a-z-]*", text)
+    assert sorted(set(found) - {"--help"}) == FLAGS[verb]
+
+
+def test_verbs_are_frozen(capsys):
+    assert list(cli.VERBS) == ["demo", "doctor", "list", "plan", "upcycle"]
+    for words in ([], ["--help"], ["-h"]):
+        assert main(words) == 0
+        shown = capsys.readouterr().out
+        assert all(f"  {verb} " in shown for verb in cli.VERBS)
+
+
+def examples(text: str) -> list[list[str]]:
+    """Words of every line of `text` that is an example."""
+    return [line.split() for line in re.findall(r"^\s*\$ moefold (.*)$", text, re.MULTILINE)]
+
+
+@pytest.mark.parametrize("verb", list(FLAGS))
+def test_every_verb_has_an_example_that_runs(verb, capsys):
+    (words,) = examples(help_of(verb, capsys))
+    assert words[0] == verb
+    _needs_the_encoder(words)
+    assert main(words) == 0
+    assert capsys.readouterr().out
+
+
+def test_the_example_of_moefold_itself_runs(capsys):
+    assert main([]) == 0
+    (words,) = examples(capsys.readouterr().out)
+    _needs_the_encoder(words)
+    assert main(words) == 0
+    assert "3 of 6 MLPs become 8 experts" in capsys.readouterr().out
+
+
+def _needs_the_encoder(words: list[str]) -> None:
+    if "minilm" in words:
+        try:
+            cli.version(MINILM_PACKAGE)
+        except ModuleNotFoundError:
+            pytest.skip(f"the package {MINILM_PACKAGE} is not installed")
+
+
+def test_help_imports_no_verb():
+    code = (
+        "import sys\n"
+        "from moefold.cli import main\n"
+        "main(['--help'])\n"
+        "guests = ('tyro', 'rich', 'transformers', 'sentence_transformers', 'safetensors')\n"
+        "print([name for name in guests if name in sys.modules])\n"
+        "print([name for name in sys.modules if name.startswith('moefold.cli.')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-2:] == ["[]", "[]"]
+
+
+def test_version(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"moefold \d+\.\d+\S*\n", capsys.readouterr().out)
+
+
+def test_upcycle_and_load_back(dense, tmp_path, capsys):
+    assert main(["upcycle", dense, "--out", "moe", "--experts", "4", "--sites", "last:2"]) == 0
+    shown = capsys.readouterr().out
+    assert "BertModel (bert): 2 of 4 MLPs become 4 experts, router token-choice(renorm" in shown
+    assert "+ encoder.layer.3" in shown
+    change = re.search(r"change of output\s+(\S+) of its length", shown)
+    # Renormalised copies: float32 rounding, relative.
+    assert change is not None
+    assert float(change.group(1)) < 1e-5
+    assert "read back, every weight is the same" in shown
+    loaded = moefold.load("moe")
+    assert isinstance(loaded, BertModel)
+    kinds = [isinstance(layer, BertMoELayer) for layer in loaded.encoder.layer]
+    assert kinds == [False, False, True, True]
+    tokenizer = AutoTokenizer.from_pretrained("moe")
+    with torch.no_grad():
+        output = loaded(**tokenizer(["the rain."], return_tensors="pt"))[0]
+    assert output.shape == (1, 5, 16)
+    assert output.isfinite().all()
+    source = json.loads((tmp_path / "moe" / "moefold.json").read_text())["source"]
+    assert source["name"] == "dense"
+
+
+def test_the_change_is_told_when_there_is_one(dense, capsys):
+    assert main(["upcycle", dense, "--out", "moe", "--router", "soft", "--slots", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "at birth               another function: experts see mixtures of tokens" in shown
+    change = re.search(r"change of output\s+(\S+) of its length", shown)
+    assert change is not None
+    assert float(change.group(1)) > 1e-2
+
+
+def test_a_folder_is_replaced_only_if_told_to(dense, capsys):
+    assert main(["upcycle", dense, "--out", "moe"]) == 0
+    first = moefold.load("moe").state_dict()
+    assert main(["upcycle", dense, "--out", "moe", "--seed", "1"]) == 2
+    assert "moe holds an upcycled model; add --force to replace it" in capsys.readouterr().err
+    assert main(["upcycle", dense, "--out", "moe", "--seed", "1", "--force"]) == 0
+    second = moefold.load("moe").state_dict()
+    name = "encoder.layer.1.moe.router.weight"
+    assert not torch.equal(first[name], second[name])
+    assert main(["upcycle", dense, "--out", "moe", "--force"]) == 0
+    assert torch.equal(first[name], moefold.load("moe").state_dict()[name])  # the seed again
+
+
+def test_settings_of_the_router(dense, capsys):
+    words = "--router unified --budget 1.5 --alpha 0.25 --group 4 --no-renormalize --shared-width 8"
+    assert main(["plan", dense, *words.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "router unified(budget=1.5, alpha=0.25, group=4)" in shown
+    assert "rows per token         1.50" in shown
+    assert main(["plan", dense, "--k", "1", "--no-renormalize"]) == 0
+    assert "router token-choice(k=1)" in capsys.readouterr().out
+
+
+REFUSED = {
+    "plan nowhere": "plan: no folder at 'nowhere'; give an existing local folder, the word",
+    "plan dense --router expert-chioce": "unknown router 'expert-chioce'; did you mean 'expert-ch",
+    "plan dense --router soft --k 2": "router 'soft' has no setting 'k'",
+    "plan dense --k 9": "k is 9, but there are only 8 experts",
+    "plan dense --sites last:9": "sites 'last:9': N must be a whole number from 1 to 4",
+    "plan dense --router-std -1": "router_std is -1.0; it must be a finite number, zero or more",
+    "plan empty": "cannot open empty as a transformer",
+    "upcycle dense --out empty/../dense": "dense is not empty and was not written by moefold",
+    "upcycle dense --out moe --backend quick": "unknown backend 'quick'",
+    "plna dense": "moefold: unknown verb 'plna'; did you mean 'plan'? There are: demo, doctor",
+}
+
+
+@pytest.mark.parametrize("line", REFUSED)
+def test_bad_input_is_explained_without_a_trace(line, dense, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    assert main(line.split()) == 2
+    error = capsys.readouterr().err
+    assert REFUSED[line] in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "moe").exists()
+
+
+def test_an_upcycled_folder_is_not_a_dense_model(dense, capsys):
+    assert main(["upcycle", dense, "--out", "moe"]) == 0
+    assert main(["plan", "moe"]) == 2
+    assert "moe holds an upcycled model; give the dense one" in capsys.readouterr().err
+
+
+def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
+    monkeypatch.setitem(cli.VERBS, "plan", ("moefold.no_such_module:main", ""))
+    assert main(["plan"]) == 2
+    assert "No module named 'moefold.no_such_module'; install what" in capsys.readouterr().err
+
+
+def test_an_interrupted_verb_says_so(monkeypatch, capsys):
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moefold.cli.doctor.main", interrupted)
+    assert main(["doctor"]) == 130
+    assert "moefold doctor: interrupted" in capsys.readouterr().err
+
+
+def test_list_shows_what_is_registered(capsys):
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    for kind, names in {
+        "routers": moefold.routers.names(),
+        "backends": ["reference", "grouped"],
+        "hosts": ["bert", "sentence-transformer"],
+        "losses": ["balance", "z"],
+    }.items():
+        assert f"{kind}\n" in shown
+        assert all(f"  {name} " in shown for name in names)
+    assert main(["list", "hosts"]) == 0
+    assert capsys.readouterr().out.startswith("hosts\n  bert ")
+    with pytest.raises(SystemExit) as stop:
+        main(["list", "cats"])
+    assert stop.value.code == 2
+
+
+def test_doctor_explains_backends(capsys):
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    assert f"  {'torch':<22} {torch.__version__}" in shown
+    assert "backends on cpu, float64" in shown
+    for part in re.split(r"^backends on .*$", shown, flags=re.MULTILINE)[1:]:
+        assert part.count("auto takes it") == 1
+        assert re.search(r"^  reference +can run", part, re.MULTILINE)

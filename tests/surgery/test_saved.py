@@ -1,0 +1,410 @@
+"""The saved form: every bit comes back, damage is noticed, a crash leaves the old or the new."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from torch import nn
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+)
+
+import moefold
+from moefold import MoEConfig, UpcycleConfig, routers
+from moefold.surgery import saved
+from moefold.surgery.hosts import bert
+from moefold.surgery.hosts.bert import BertMoELayer, MoefoldBertForMaskedLM, MoefoldBertModel
+
+
+def upcycled(model: nn.Module, router: str = "token-choice", **settings: object) -> nn.Module:
+    moe = MoEConfig(num_experts=4, router=routers.config(router, **settings))
+    moefold.upcycle(model, UpcycleConfig(moe=moe))
+    return model
+
+
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    values, others = one.state_dict(), other.state_dict()
+    assert list(values) == list(others)
+    for name, value in values.items():
+        assert value.dtype == others[name].dtype, name
+        assert torch.equal(value, others[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("router", ["token-choice", "soft", "bias-balanced", "cosine", "threshold"])
+def test_every_bit_comes_back(tiny, batch, tmp_path, router, dtype):
+    model = upcycled(tiny(), router).to(dtype)
+    for name, buffer in model.named_buffers():
+        if name.endswith("router.state"):
+            buffer.uniform_()  # as training would leave it; float32 bits that bfloat16 has not
+    moefold.save(model, tmp_path / "moe")
+    loaded = moefold.load(tmp_path / "moe")
+    assert isinstance(loaded, MoefoldBertModel)
+    assert not loaded.training
+    assert_same_weights(model, loaded)
+    layer = loaded.encoder.layer[3]
+    assert isinstance(layer, BertMoELayer)
+    assert layer.moe.site == "encoder.layer.3"
+    with torch.no_grad():
+        # The same weights at other addresses: a kernel may add in another order, no more.
+        change = (model(**batch)[0] - loaded(**batch)[0]).abs().max()
+    assert change <= 16 * torch.finfo(dtype).eps
+
+
+def test_saving_what_was_loaded_changes_nothing(tiny, tmp_path):
+    model = upcycled(tiny())
+    moefold.save(model, tmp_path / "one")
+    moefold.save(moefold.load(tmp_path / "one"), tmp_path / "two")
+    assert_same_weights(model, moefold.load(tmp_path / "two"))
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    manifests = [json.loads((tmp_path / n / "moefold.json").read_text()) for n in ("one", "two")]
+    for key in ("host", "upcycle", "sites", "source"):
+        assert manifests[0][key] == manifests[1][key]
+
+
+@pytest.mark.parametrize("kind", [BertForMaskedLM, BertForSequenceClassification])
+def test_heads_come_back_with_their_class(tiny, tmp_path, kind):
+    model = upcycled(kind(tiny().config).eval())
+    moefold.save(model, tmp_path / "moe")
+    loaded = moefold.load(tmp_path / "moe")
+    assert type(loaded).__name__ == f"Moefold{kind.__name__}"
+    assert_same_weights(model, loaded)
+
+
+def test_the_folder_is_json_and_safetensors(tiny, tmp_path):
+    moefold.save(upcycled(tiny()), tmp_path / "moe")
+    names = {file.name for file in (tmp_path / "moe").iterdir()}
+    assert names == {"config.json", "model.safetensors", "moefold.json"}
+    manifest = json.loads((tmp_path / "moe" / "moefold.json").read_text())
+    assert manifest["schema"] == 1
+    assert manifest["host"] == "bert"
+    assert manifest["sites"] == ["encoder.layer.1", "encoder.layer.3"]
+    config = UpcycleConfig.from_dict(manifest["upcycle"])
+    assert config.moe.num_experts == 4
+    assert list(tmp_path.iterdir()) == [tmp_path / "moe"]  # and nothing is left beside it
+
+
+def test_transformers_opens_the_folder(tiny, tmp_path):
+    model = upcycled(tiny())
+    moefold.save(model, tmp_path / "moe")
+    opened = AutoModel.from_pretrained(tmp_path / "moe")
+    assert isinstance(opened, MoefoldBertModel)
+    assert_same_weights(model, opened)
+
+
+def test_a_body_can_be_taken_out_of_a_head(tiny, tmp_path):
+    model = upcycled(BertForMaskedLM(tiny().config).eval())
+    moefold.save(model, tmp_path / "moe")
+    assert isinstance(
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "moe"), MoefoldBertForMaskedLM
+    )
+    body = AutoModel.from_pretrained(tmp_path / "moe", add_pooling_layer=False)
+    assert_same_weights(model.get_submodule("bert"), body)
+
+
+def test_a_trainers_checkpoint_says_what_it_is(tiny, tmp_path):
+    # Trainers call save_pretrained themselves: what they write must not pass for a dense BERT.
+    model = upcycled(tiny())
+    assert isinstance(model, BertModel)
+    model.save_pretrained(tmp_path / "checkpoint")
+    assert_same_weights(model, AutoModel.from_pretrained(tmp_path / "checkpoint"))
+    with pytest.raises(
+        ValueError, match=r"has no moefold.json: a trainer's checkpoint of an upcyc"
+    ):
+        moefold.load(tmp_path / "checkpoint")
+
+
+def test_without_moefold_the_folder_does_not_open(tiny, tmp_path):
+    moefold.save(upcycled(tiny()), tmp_path / "moe")
+    code = (
+        "import sys, transformers\n"
+        "try: transformers.AutoModel.from_pretrained(sys.argv[1])\n"
+        "except ValueError as error: print('moefold_bert' in str(error))\n"
+        "print('moefold' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "moe")],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_a_sentence_transformer_comes_back_whole(minilm, tmp_path):
+    texts = ["a cat", "two dogs and a very long story about them"]
+    before = minilm.encode(texts, convert_to_tensor=True)
+    made = moefold.upcycle(minilm)
+    assert made.chosen == tuple(f"0.model.encoder.layer.{i}" for i in (1, 3, 5))
+    after = minilm.encode(texts, convert_to_tensor=True)
+    # Unit vectors in float32: 1e-6 is about eight units in the last place of 1.
+    assert (after - before).norm(dim=1).max() < 2e-6
+    moefold.save(minilm, tmp_path / "moe")
+    for loaded in (moefold.load(tmp_path / "moe"), SentenceTransformer(str(tmp_path / "moe"))):
+        assert isinstance(loaded, SentenceTransformer)
+        assert_same_weights(minilm, loaded)
+        assert loaded.max_seq_length == minilm.max_seq_length == 256
+        again = loaded.encode(texts, convert_to_tensor=True)
+        assert (again - after).norm(dim=1).max() < 2e-6
+    named = moefold.load(tmp_path / "moe").get_submodule("0.model.encoder.layer.5.moe")
+    assert named.site == "0.model.encoder.layer.5"
+    source = json.loads((tmp_path / "moe" / "moefold.json").read_text())["source"]
+    assert source["name"] == "minilm"
+    assert len(source["sha256"]["model.safetensors"]) == 64
+    moefold.revert(minilm)
+    assert torch.equal(minilm.encode(texts, convert_to_tensor=True), before)
+
+
+def test_a_dense_model_is_not_saved(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"BertModel is not upcycled; call moefold.upcycle"):
+        moefold.save(tiny(), tmp_path / "moe")
+    assert not (tmp_path / "moe").exists()
+
+
+def test_folders_of_others_are_not_replaced(tiny, tmp_path):
+    model = upcycled(tiny())
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "thesis.txt").write_text("ten years")
+    with pytest.raises(ValueError, match=r"home is not empty and was not written by moefold"):
+        moefold.save(model, tmp_path / "home")
+    with pytest.raises(ValueError, match=r"thesis.txt is a file; give a folder"):
+        moefold.save(model, tmp_path / "home" / "thesis.txt")
+    assert (tmp_path / "home" / "thesis.txt").read_text() == "ten years"
+    (tmp_path / "empty").mkdir()
+    moefold.save(model, tmp_path / "empty")
+    assert_same_weights(model, moefold.load(tmp_path / "empty"))
+
+
+def test_a_loaded_model_has_nothing_to_revert_to(tiny_folder, tmp_path):
+    model = BertModel.from_pretrained(tiny_folder)
+    moefold.save(upcycled(model), tmp_path / "moe")
+    with pytest.raises(ValueError, match=r"not the dense MLPs .* load the dense model .*: dense"):
+        moefold.revert(moefold.load(tmp_path / "moe"))
+
+
+def test_a_config_without_its_entry_describes_nothing():
+    with pytest.raises(ValueError, match="MoefoldBertConfig without its `moefold` entry"):
+        MoefoldBertModel(bert.MoefoldBertConfig(num_hidden_layers=1, hidden_size=12))
+
+
+# Damage. Each of these spoils a good folder in one way.
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+
+
+def flip_a_bit(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def edit_config(folder: Path) -> None:
+    file = folder / "config.json"
+    file.write_text(file.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 3'))
+
+
+def lose_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def lose_manifest(folder: Path) -> None:
+    (folder / "moefold.json").unlink()
+
+
+def garble_manifest(folder: Path) -> None:
+    (folder / "moefold.json").write_text('{"schema": 1')
+
+
+def change_manifest(folder: Path, **entries: object) -> None:
+    file = folder / "moefold.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def from_the_future(folder: Path) -> None:
+    change_manifest(folder, schema=2, moefold="9.0")
+
+
+def other_sites(folder: Path) -> None:
+    change_manifest(folder, sites=["encoder.layer.0"])
+
+
+def unknown_host(folder: Path) -> None:
+    change_manifest(folder, host="brat")
+
+
+def drop_key(folder: Path) -> None:
+    (folder / "moefold.json").write_text('{"schema": 1, "host": "bert", "files": {}}')
+
+
+def rehash(folder: Path) -> None:
+    """What somebody does who edits a file and the manifest too."""
+    names = json.loads((folder / "moefold.json").read_text())["files"]
+    change_manifest(folder, files={name: saved.sha256_of(folder / name) for name in names})
+
+
+def lose_a_tensor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    del weights["encoder.layer.1.moe.router.weight"]
+    save_file(weights, file, {"format": "pt"})
+    rehash(folder)
+
+
+def shrink_a_tensor(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights["encoder.layer.1.moe.router.weight"] = torch.zeros(3, 16)
+    save_file(weights, file, {"format": "pt"})
+    rehash(folder)
+
+
+def truncate_and_rehash(folder: Path) -> None:
+    truncate(folder)
+    rehash(folder)
+
+
+def become_dense(folder: Path) -> None:
+    BertConfig(num_hidden_layers=4).save_pretrained(folder)
+    rehash(folder)
+
+
+DAMAGE = {
+    truncate: r"model.safetensors is not what was saved: its sha256 is [0-9a-f]{64}, .* says",
+    flip_a_bit: "model.safetensors is not what was saved",
+    edit_config: "config.json is not what was saved",
+    lose_weights: r"lacks model.safetensors, which moefold.json lists",
+    lose_manifest: "has no moefold.json: a trainer's checkpoint",
+    garble_manifest: r"moefold.json is not a manifest of moefold \(JSONDecodeError",
+    from_the_future: r"has schema 2, written by moefold 9.0; .* reads up to 1: upgrade moefold",
+    other_sites: r"lists the sites \['encoder.layer.0'\], config.json \['encoder.layer.1', 'enc",
+    unknown_host: "unknown host 'brat'; did you mean 'bert'",
+    drop_key: "moefold.json lacks sites; save the model again",
+    lose_a_tensor: r"not those of the model .*missing_keys.*encoder.layer.1.moe.router.weight",
+    shrink_a_tensor: r"encoder.layer.1.moe.router.weight",
+    truncate_and_rehash: "cannot open .*incomplete metadata|cannot open",
+    become_dense: r"config.json describes a BertModel of type 'bert'; it must be one of",
+}
+
+
+@pytest.mark.parametrize("spoil", DAMAGE, ids=lambda spoil: spoil.__name__)
+def test_damage_is_noticed(tiny, tmp_path, spoil):
+    folder = tmp_path / "moe"
+    moefold.save(upcycled(tiny()), folder)
+    moefold.load(folder)
+    spoil(folder)
+    with pytest.raises(ValueError, match=DAMAGE[spoil]):
+        moefold.load(folder)
+
+
+def test_not_a_saved_folder(tiny_folder, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"no folder at .*nowhere; give one that moefold.save wrote"
+    ):
+        moefold.load(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"no moefold.json: a dense model of type 'bert'; open it"):
+        moefold.load(tiny_folder)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no moefold.json: it holds no model"):
+        moefold.load(tmp_path / "empty")
+
+
+# Crashes.
+
+
+@pytest.mark.parametrize("step", ["_sync", "_put_in_place", "_exchange", "sha256_of"])
+def test_a_failed_save_leaves_the_old_folder(tiny, tmp_path, monkeypatch, step):
+    old, new = upcycled(tiny()), upcycled(tiny())
+    moefold.save(old, tmp_path / "moe")
+
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(saved, step, fail)
+    with pytest.raises(OSError, match="disk full"):
+        moefold.save(new, tmp_path / "moe")
+    monkeypatch.undo()
+    assert_same_weights(old, moefold.load(tmp_path / "moe"))
+    assert list(tmp_path.iterdir()) == [tmp_path / "moe"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_saving_again_replaces_everything(tiny, tmp_path, monkeypatch, exchange):
+    if not exchange:  # as on a system that cannot swap two folders
+        monkeypatch.setattr(saved, "_exchange", lambda *_: False)
+    old, new = upcycled(tiny()), upcycled(tiny(), "soft")
+    moefold.save(old, tmp_path / "moe")
+    (tmp_path / "moe" / "left.txt").write_text("from an older version")
+    moefold.save(new, tmp_path / "moe")
+    assert_same_weights(new, moefold.load(tmp_path / "moe"))
+    assert not (tmp_path / "moe" / "left.txt").exists()
+    assert list(tmp_path.iterdir()) == [tmp_path / "moe"]
+
+
+def test_between_two_renames_the_old_folder_is_found(tiny, tmp_path, monkeypatch):
+    old, new = upcycled(tiny()), upcycled(tiny())
+    folder = tmp_path / "moe"
+    moefold.save(old, folder)
+    monkeypatch.setattr(saved, "_exchange", lambda *_: False)
+    rename, calls = Path.rename, []
+
+    def die_at_the_second(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", die_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        moefold.save(new, folder)
+    monkeypatch.undo()
+    assert not folder.exists()
+    assert_same_weights(old, moefold.load(folder))
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+def test_killed_at_any_moment(tiny, tmp_path):
+    # Children save the second model over the first and are killed after a random time, some before,
+    # some in the middle, some after. What is there then is one of the two, whole.
+    old, new = upcycled(tiny()), upcycled(tiny(), "expert-choice")
+    folder = tmp_path / "moe"
+    start = time.perf_counter()
+    moefold.save(new, folder)
+    takes = time.perf_counter() - start
+    moefold.save(old, folder)
+    seen = []
+    for _ in range(12):
+        child = os.fork()
+        if child == 0:
+            try:
+                moefold.save(new, folder)
+            finally:
+                os._exit(0)
+        time.sleep(random.uniform(0, 1.2 * takes))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        found = moefold.load(folder)
+        is_new = "expert-choice" in (folder / "moefold.json").read_text()
+        assert_same_weights(new if is_new else old, found)
+        seen.append(is_new)
+        moefold.save(old, folder)
+    assert len(seen) == 12
+    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
