@@ -110,6 +110,7 @@ def test_training_moved_all_of_them(results: dict, place: Path):
 def test_the_saved_mixture_is_the_trained_one(results: dict, settings: DemoSettings, place: Path):
     loaded = moefold.load(place / "out" / "moe")
     assert isinstance(loaded, SentenceTransformer)
+    assert loaded.max_seq_length == 24  # the encoder's own, not what the demo cut texts to
     loaded.max_seq_length = settings.max_tokens
     materials = twins.Materials(
         settings=settings,
@@ -117,6 +118,7 @@ def test_the_saved_mixture_is_the_trained_one(results: dict, settings: DemoSetti
         heldout=split(mine(place / "library")).heldout,
         flops={"moe": 1.0, "dense": 1.0},
         fingerprint="",
+        own_tokens=None,
         out=place,
     )
     values = twins.evaluate(loaded, materials, "moe", Bars(Console(file=StringIO())))
@@ -162,6 +164,8 @@ def test_a_finished_run_is_not_run_again(
     console = Console(file=StringIO(), width=200)
     again = run(settings, place / "out", console=console, library=place / "library")
     assert again["comparisons"] == results["comparisons"]
+    # The time says what it all took, not how quickly it was looked up.
+    assert again["seconds"] > sum(one.get("wall_seconds", 0.0) for one in results["runs"])
     # Other settings are another run.
     other = replace(settings, learning_rate=2e-3)
     with pytest.raises(AssertionError, match="trained again"):

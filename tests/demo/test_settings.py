@@ -18,6 +18,7 @@ from moefold.demo.settings import SIZES, DemoSettings
         ({"examples": 0}, "examples is 0; .* such as 32"),
         ({"heldout": 0}, "heldout is 0"),
         ({"max_tokens": 2}, "max_tokens is 2"),
+        ({"device": "gpu"}, "device 'gpu' cannot be used .*; 'cpu' always can"),
         ({"precision": "int8"}, "precision is 'int8'; it must be 'auto', 'fp32' or 'bf16'"),
     ],
 )

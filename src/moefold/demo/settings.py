@@ -74,6 +74,7 @@ class DemoSettings:
             raise ValueError(
                 f"precision is {self.precision!r}; it must be 'auto', 'fp32' or 'bf16'"
             )
+        _check_device(self.device)
 
     def resolved(self) -> "DemoSettings":
         """The same with `"auto"` replaced by what it means on this machine."""
@@ -121,6 +122,14 @@ def full(precision: str = "auto", device: str = "cpu") -> DemoSettings:
 
 
 SIZES = {"quick": quick, "default": default, "full": full}
+
+
+def _check_device(name: str) -> None:
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # unknown, or not compiled in, or not there
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"device {name!r} cannot be used ({reason}); 'cpu' always can") from error
 
 
 def _multiplies_bf16(device: str) -> bool:

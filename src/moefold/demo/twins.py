@@ -6,6 +6,7 @@ the MoE, and, going on, after as many floating-point operations of training.
 """
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ class Materials:
         heldout: pairs to evaluate on.
         flops: training operations per pair, of `"dense"` and of `"moe"`.
         fingerprint: what a finished run must carry to be used again.
+        own_tokens: how many tokens the encoder reads when nobody cuts its texts shorter.
         out: the demo's folder.
     """
 
@@ -45,6 +47,7 @@ class Materials:
     heldout: Sequence[Pair]
     flops: dict[str, float]
     fingerprint: str
+    own_tokens: int | None
     out: Path
 
     @property
@@ -119,13 +122,15 @@ def run_or_reuse(kind: Kind, seed: int, materials: Materials, bars: Bars) -> dic
     if done is not None and (kind != "moe" or seed > 0 or (materials.out / "moe").is_dir()):
         bars.say(f"  {_name(kind)}, seed {seed}: finished before, used again")
         bars.advance(materials.run_flops(kind))
-        return done
+        return done | {"reused": True}
     file.unlink(
         missing_ok=True
     )  # of other settings; an interruption must not leave it with our MoE
     run = _run_moe if kind == "moe" else _run_dense
+    started = time.perf_counter()
     result = {"fingerprint": materials.fingerprint, "kind": kind, "seed": seed}
     result |= run(seed, materials, bars)
+    result["wall_seconds"] = time.perf_counter() - started
     write_json(file, result)
     for name, one in result["results"].items():
         score = sum(one["values"]["ndcg@10"]) / len(materials.heldout)
@@ -166,7 +171,7 @@ def _run_moe(seed: int, materials: Materials, bars: Bars) -> dict[str, Any]:
     if seed == 0:  # the one that is looked into, and kept
         bars.step("looking who chooses whom")
         result["look"] = look(encoder, materials.heldout, settings.batch_size)
-        encoder.max_seq_length = None  # what the tokenizer allows
+        encoder.max_seq_length = materials.own_tokens
         moefold.save(encoder.to("cpu"), materials.out / "moe")
     return result
 
