@@ -137,14 +137,18 @@ def test_padding_of_a_soft_routing():
 
 
 def test_slots_of_an_expert_are_one_expert():
-    # Two experts with three slots each, all alike: undecided, and each has half the load.
-    router = routers.build("soft", dim=4, num_experts=2, slots=3).double()
-    with torch.no_grad():
-        router.get_parameter("scale").zero_()
-    routing = router(torch.randn(1, 5, 4, dtype=torch.float64))
+    # One token; the slots of expert 0 weigh 1 and 1, those of expert 1 weigh 1.5 and .5: two to
+    # each expert of four in all, so between experts the token is undecided.
+    weight = torch.tensor([[[[1.0, 1.0], [1.5, 0.5]]]], dtype=torch.float64)
+    routing = SoftRouting(
+        dispatch_weight=torch.ones_like(weight),
+        combine_weight=weight / 4,
+        grouping=Grouping("sequence", 1, 1),
+        logits=weight.log(),
+    )
     assert metrics.entropy(routing) == pytest.approx(1.0, abs=ROUNDING)
     assert metrics.load(routing).tolist() == pytest.approx([0.5, 0.5], abs=ROUNDING)
-    assert metrics.experts_per_token(routing) == 6.0
+    assert metrics.experts_per_token(routing) == 4.0
 
 
 # Spare rows and nothing at all

@@ -55,6 +55,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("bias-balanced", {"expert_groups": 2, "renormalize": False}),
     ("hash", {"k": 2}),
     ("base", {"group": "batch"}),
+    ("custom", {"score": "sigmoid", "choice": "above", "threshold": 0.4}),
+    ("custom", {"score": "unified", "expert_score": "token-softmax", "k": 1}),
+    ("custom", {"score": "sinkhorn", "choice": "top-pairs", "weight": "softmax"}),
 ]
 
 

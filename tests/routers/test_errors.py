@@ -279,6 +279,16 @@ def test_logits_that_are_no_numbers_are_refused_by_site(name, junk, training):
         route(router, given)
 
 
+def test_logits_of_padding_may_be_anything():
+    # For routers that do not clear their padding first.
+    router = build("token-choice")
+    logits = torch.zeros(1, 2, EXPERTS)
+    logits[0, 1, 3] = float("nan")
+    router.check_finite(logits, torch.tensor([[True, False]]))
+    with pytest.raises(ValueError, match="router logits are NaN or infinite"):
+        router.check_finite(logits, torch.tensor([[False, True]]))
+
+
 @pytest.mark.parametrize("name", ["token-choice", "soft"])
 def test_where_the_host_does_not_wait_the_device_refuses(name, monkeypatch):
     # On a GPU and in a compiled graph: an assertion of the device, with the same text.

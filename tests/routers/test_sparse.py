@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moefold import routers
+from moefold.ops.transport import sparse_transport
 from moefold.routers import SoftRouter, SparseRouter
 from moefold.routing import SparseRouting
 from tests.routers.common import LEARNT, batch, build, exact, maps, pairs, route, state_of
@@ -52,6 +53,19 @@ def test_expert_choice_by_hand():
     routing = exact("expert-choice", 2, capacity=1)(x)
     assert pairs(routing.chosen[0]) == {(0, 0), (2, 1)}
     assert routing.weight_of_row.tolist() == pytest.approx([0.9, 0.4], abs=ROUNDING)
+
+
+def test_sparse_transport_leaves_rows_empty_rather_than_take_zeros():
+    # With room for every token, an expert takes those that its column of the plan is positive for.
+    router = exact("sparse-transport-expert-choice", 3, capacity=8, gamma=0.1)
+    x = 3 * torch.randn(4, 8, 3, dtype=torch.float64)
+    plan = sparse_transport(x.softmax(-1), 8, gamma=0.1)
+    routing = router(x)
+    assert torch.equal(routing.chosen, plan > 0)
+    assert routing.chosen.sum(1).min() < 8
+    torch.testing.assert_close(
+        routing.weights, x.softmax(-1) * routing.chosen, rtol=0, atol=ROUNDING
+    )
 
 
 def test_deepseek_weighs_by_sigmoids_and_scales():
