@@ -38,6 +38,11 @@ def test_outputs_and_gradients(tiny, batch, name):
         assert torch.allclose(slope, others[parameter], rtol=1e-3, atol=1e-4), parameter
     # What is not used (the pooler) has no gradient, or one of zeros, which compiled code makes.
     assert not any(others[parameter].any() for parameter in others.keys() - slopes.keys())
+    with moefold.record_routing(model) as record:
+        compiled(**batch)
+    (routing,) = record["encoder.layer.1.moe"]
+    assert routing.mask is not None
+    assert torch.equal(routing.mask, real)
 
 
 def test_padding_further_when_compiled(tiny, batch):

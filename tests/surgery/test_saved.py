@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -135,7 +136,8 @@ def test_without_moefold_the_folder_does_not_open(tiny, tmp_path):
         "import sys, transformers\n"
         "try: transformers.AutoModel.from_pretrained(sys.argv[1])\n"
         "except ValueError as error: print('moefold_bert' in str(error))\n"
-        "print('moefold' in sys.modules)"
+        "print('moefold' in sys.modules)\n"
+        "transformers.BertModel.from_pretrained(sys.argv[1])"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path / "moe")],
@@ -144,6 +146,17 @@ def test_without_moefold_the_folder_does_not_open(tiny, tmp_path):
         check=True,
     )
     assert done.stdout.split() == ["True", "False"]
+    # Nor does it pass for a BERT where somebody insists.
+    assert "model of type `moefold_bert` to instantiate a model of type `bert`" in done.stderr
+    assert re.search(r"intermediate\.dense\.weight.*MISSING", done.stderr)
+
+
+def test_a_trainer_of_sentence_transformers_can_go_on_from_its_checkpoint(minilm, tmp_path):
+    moefold.upcycle(minilm, UpcycleConfig(sites="last:1"))
+    minilm.save_pretrained(str(tmp_path / "checkpoint"))
+    again = SentenceTransformer(str(tmp_path / "checkpoint"))
+    assert_same_weights(minilm, again)
+    assert minilm.load_state_dict(again.state_dict()).missing_keys == []
 
 
 def test_a_sentence_transformer_comes_back_whole(minilm, tmp_path):

@@ -261,6 +261,19 @@ def test_a_decoder_generates_one_token_at_a_time(tiny):
     assert (whole[:, 5:] - last).abs().max() < 1e-12
 
 
+def test_an_encoder_to_attend_to_is_refused(tiny):
+    model = tiny(is_decoder=True)
+    moefold.upcycle(model)
+    hidden = torch.zeros(1, 3, 16)
+    with pytest.raises(ValueError, match=r"layer.1: encoder_hidden_states were passed, but"):
+        model.encoder.layer[1](hidden, None, hidden)
+
+
+def test_cross_attention_is_refused_by_the_plan(tiny):
+    with pytest.raises(ValueError, match=r"layer.1 has cross-attention, which this host does not"):
+        moefold.plan(tiny(is_decoder=True, add_cross_attention=True))
+
+
 def test_provenance_names_the_source_without_its_path(tiny_folder):
     model = BertModel.from_pretrained(tiny_folder)
     moefold.upcycle(model)

@@ -84,7 +84,10 @@ def save(
 
 
 def load(folder: str | Path) -> nn.Module:
-    """Opens what `save` wrote: on the CPU, in evaluation mode, every bit as it was.
+    """Opens what `save` wrote: on the CPU, in evaluation mode, every bit of its weights as it was.
+
+    They lie at other addresses, so that a kernel may sum in another order: outputs are equal up to
+    rounding.
 
     Args:
         folder: the folder.

@@ -77,8 +77,14 @@ class BertMoELayer(BertLayer):
 
         Raises:
             ValueError: several sequences are packed into one without padding and the router looks
-                at more than one token, so that it would mix them.
+                at more than one token, so that it would mix them; or there is an encoder to attend
+                to, for which this layer has nothing.
         """
+        if self.is_decoder and encoder_hidden_states is not None:
+            raise ValueError(
+                f"{self.moe.site}: encoder_hidden_states were passed, but the layer has no "
+                f"cross-attention; call the model without them"
+            )
         if kwargs.get("cu_seq_lens_q") is not None and self.moe.router.reach != "token":
             raise ValueError(
                 f"{self.moe.site}: the batch is packed into one sequence, and a router that "
