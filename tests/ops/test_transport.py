@@ -130,7 +130,7 @@ def test_projection_by_hand(x, count, expected):
 def project_on_simplex(x: Tensor) -> Tensor:
     """Nearest point with non-negative entries that sum to 1, its level found by bisection."""
     low, high = x.min() - 1, x.max()
-    for _ in range(100):
+    for _ in range(60):
         level = (low + high) / 2
         low, high = (level, high) if (x - level).clamp_min(0).sum() > 1 else (low, level)
     return (x - low).clamp_min(0)
@@ -147,7 +147,7 @@ def nearest_sparse_point(x: Tensor, count: int, valid: Tensor) -> float:
     return min(distances)
 
 
-@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("seed", range(6))
 def test_projection_is_the_nearest_sparse_point(seed):
     torch.manual_seed(seed)
     x = torch.randn(2, 3, 6, dtype=torch.float64)
@@ -214,7 +214,7 @@ def test_without_sparsity_the_plan_becomes_feasible():
         plan = sparse_transport(similarity, 6, iterations=iterations, learning_rate=1e-2)
         return (plan.sum(2) - 1).abs().max().item()
 
-    assert error(3000) < 1e-2 < error(0)
+    assert error(1500) < 1e-2 < error(0)
 
 
 def test_sparse_transport_leaves_fewer_tokens_out():

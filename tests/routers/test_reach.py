@@ -33,7 +33,7 @@ def changes(router: AbstractRouter) -> Tensor:
     """
     flat = SEQUENCES * TOKENS
     changed = torch.zeros(flat, flat, dtype=torch.bool)
-    for _ in range(4):
+    for _ in range(3):
         given = batch(SEQUENCES, TOKENS, padded=False)
         before = flat_maps(router, given)
         for source in range(flat):
