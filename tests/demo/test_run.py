@@ -203,6 +203,34 @@ def test_an_unfinished_run_is_run_again_and_finished_ones_are_kept(
 
 
 @pytest.mark.usefixtures("uncounted")
+def test_a_mixture_is_never_taken_for_that_of_other_settings(
+    settings: DemoSettings, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # One demo finishes; another with other settings is interrupted once its mixture is saved; then
+    # the first is called again: its file would match, but `moe/` is the other's.
+    console = Console(file=StringIO(), width=200)
+    one = replace(settings, seeds=1)
+    run(one, tmp_path, console=console, library=place / "library")
+    with monkeypatch.context() as patch:
+        patch.setattr(twins, "write_json", _interrupt)
+        other = replace(one, examples=8)
+        with pytest.raises(KeyboardInterrupt):
+            run(other, tmp_path, console=console, library=place / "library")
+    mixed = _weights(tmp_path)
+    run(one, tmp_path, console=console, library=place / "library")
+    assert _weights(tmp_path) != mixed
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _weights(out: Path) -> bytes:
+    (file,) = (out / "moe").rglob("*.safetensors")
+    return file.read_bytes()
+
+
+@pytest.mark.usefixtures("uncounted")
 def test_a_router_that_looks_at_the_group_runs_too(
     settings: DemoSettings, place: Path, tmp_path: Path
 ):

@@ -81,6 +81,9 @@ def test_rank_is_by_cosine_and_prefers_the_first_of_equals():
     documents = torch.tensor([[0.0, 1.0], [1.0, 0.0], [5.0, 0.0], [-1.0, 0.0]])
     assert rank(torch.tensor([[3.0, 0.0]]), documents).tolist() == [[1, 2, 0, 3]]
     assert rank(torch.tensor([[3.0, 0.0]]), documents, cutoff=2).tolist() == [[1, 2]]
+    # Enough equals for a sort that is not stable to show.
+    alike = torch.ones(5000, 2)
+    assert rank(torch.ones(1, 2), alike, cutoff=2000).tolist() == [list(range(2000))]
 
 
 def test_rank_keeps_a_long_list_of_queries_in_order():

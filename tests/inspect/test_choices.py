@@ -1,6 +1,7 @@
 """The tally of who chooses whom: a small case by hand, then what must hold for real layers."""
 
 import json
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -124,6 +125,26 @@ def test_characteristic_tokens_are_those_out_of_proportion():
     assert [word for word, *_ in second] == ["is"]
     assert first[0][2] == 90
     assert first[0][1] > 1.96
+
+
+def test_z_is_that_of_monroe_colaresi_and_quinn():
+    # Equations 16, 20 and 22 with two words and two experts, written out. The prior is worth a
+    # thousand tokens.
+    counts = np.array([[3000.0, 1000.0], [2000.0, 6000.0]])
+    of_a, of_b = 1000 * 4 / 12, 1000 * 8 / 12
+
+    def z(word: float, n: float, other: float, m: float, prior: float) -> float:
+        odds = (word + prior) / (n + 1000 - word - prior)
+        other_odds = (other + prior) / (m + 1000 - other - prior)
+        variance = 1 / (word + prior) + 1 / (other + prior)
+        return (math.log(odds) - math.log(other_odds)) / math.sqrt(variance)
+
+    first, second = characteristic(counts, ["a", "b"], most=2)
+    assert first == (("a", pytest.approx(z(3000, 5000, 1000, 7000, of_a), abs=0.005), 3000),)
+    assert second == (("b", pytest.approx(z(6000, 7000, 2000, 5000, of_b), abs=0.005), 6000),)
+    # 0.005, because two digits are kept. With a hundredth of the tokens the prior decides for "a".
+    assert z(30, 50, 10, 70, of_a) < 1.96
+    assert characteristic(counts / 100, ["a", "b"], most=2)[0] == ()
 
 
 def test_errors_name_what_does_not_fit():

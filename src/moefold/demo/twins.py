@@ -123,9 +123,8 @@ def run_or_reuse(kind: Kind, seed: int, materials: Materials, bars: Bars) -> dic
         bars.say(f"  {_name(kind)}, seed {seed}: finished before, used again")
         bars.advance(materials.run_flops(kind))
         return done | {"reused": True}
-    file.unlink(
-        missing_ok=True
-    )  # of other settings; an interruption must not leave it with our MoE
+    # A file of other settings must not outlive the mixture in `moe/` that belongs to it.
+    file.unlink(missing_ok=True)
     run = _run_moe if kind == "moe" else _run_dense
     started = time.perf_counter()
     result = {"fingerprint": materials.fingerprint, "kind": kind, "seed": seed}
