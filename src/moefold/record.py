@@ -6,7 +6,10 @@
 
 A layer hands its routing over to whoever listens; it keeps none itself. This is not a forward hook,
 because hooks added after `torch.compile` are ignored without a word. Passes that activation
-checkpointing repeats during backward are not recorded twice.
+checkpointing repeats during backward are not recorded twice; where checkpointing is compiled with
+the layer, torch wants to be told that this is meant:
+
+    torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
 """
 
 from collections.abc import Iterator, Mapping

@@ -161,7 +161,7 @@ def compiles(case: LayerCase) -> str | None:
         torch.compiler.reset()
         found = []
         for compiled in (False, True):
-            layer = case.layer(training=False, losses=LOSSES)
+            layer = case.layer(training=True, losses=LOSSES)
             x = batch.x.clone().requires_grad_()
             call = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
             with record_routing(layer) as record:

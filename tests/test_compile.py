@@ -1,0 +1,426 @@
+"""Compiled layers compute what eager ones do: every router, half precision, any shape, recorded.
+
+Runs by itself (`pytest -m compile`), without the typing hook, which sees wrong types under
+torch.compile. Most of it uses the backend "aot_eager", which traces forward and backward and runs
+what it traced; where speed would come from, "inductor", is tried on a few.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
+
+from moefold import MoE, MoEConfig, record_routing, routers
+from moefold.experts import AbstractBackend, backends
+from moefold.experts.backends.reference import ReferenceBackend
+from moefold.losses import balance
+from moefold.metrics import metrics
+from moefold.routers import AbstractRouter, RouterConfig
+from moefold.routing import Routing, SparseRouting
+from moefold.testing import BACKEND_CHECKS, LAYER_CHECKS, ROUTER_CHECKS, check_router
+from moefold.testing.backends import BackendCase
+from moefold.testing.contract import run
+from moefold.testing.layer_probe import layer_case
+from moefold.testing.probe import RouterCase
+
+pytestmark = [
+    pytest.mark.compile,
+    # torch.compile itself instantiates what it traces (torch 2.13, autograd functions).
+    pytest.mark.filterwarnings(
+        "ignore:.*torch.autograd.function.Function.* should not be instantiated:DeprecationWarning"
+    ),
+]
+
+# Quick settings: what takes long to trace is a loop that is unrolled.
+QUICK = {
+    name: {"iterations": 3}
+    for name in (
+        "sinkhorn-token-choice",
+        "sinkhorn-expert-choice",
+        "sparse-transport-expert-choice",
+    )
+}
+MAIN = [
+    routers.config("token-choice", k=2, renormalize=True),
+    routers.config("token-choice", capacity_factor=0.5, priority="gate"),
+    routers.config("expert-choice"),
+    routers.config("unified", budget=1.5),
+    routers.config("soft", slots=2),
+    routers.config("threshold"),
+    routers.config("bias-balanced"),
+    routers.config("sinkhorn-token-choice", iterations=3, capacity_factor=1.0),
+]
+
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def layer_of(router: RouterConfig, **settings: Any) -> MoE:
+    torch.manual_seed(0)
+    config = MoEConfig(**{"num_experts": 4, "expert_width": 8, "router": router, **settings})
+    return config.build(6, site="layer.3")
+
+
+def compiled(module: nn.Module, backend: str = "aot_eager") -> tuple[Callable, Any]:
+    counter = CompileCounterWithBackend(backend)
+    return torch.compile(module, fullgraph=True, backend=counter), counter
+
+
+def chosen(routing: Routing) -> Tensor:
+    assert isinstance(routing, SparseRouting)
+    return routing.chosen
+
+
+def logits(routing: Routing) -> Tensor:
+    assert routing.logits is not None
+    return routing.logits
+
+
+def some(*shape: int, padded: bool = True) -> tuple[Tensor, Tensor | None]:
+    mask = torch.rand(shape) < 0.7
+    return torch.randn(*shape, 6), mask if padded else None
+
+
+# Every router, in training, with losses on board.
+
+
+@pytest.mark.parametrize("name", sorted(set(routers.names()) - {"base"}))
+def test_every_router_compiles_in_a_layer(name: str):
+    config = MoEConfig(
+        num_experts=5,
+        expert_width=6,
+        router=routers.config(name, **QUICK.get(name, {})),
+        gated=True,
+        bias=True,
+        activation="silu",
+        shared_width=3,
+    )
+    case = layer_case(config, ids=name == "hash", compile=True)
+    report = run(name, {"compiles": LAYER_CHECKS["compiles"]}, case)
+    assert report.ran == ("compiles",)
+
+
+def test_balanced_assignment_compiles_in_evaluation_and_says_so_in_training():
+    layer = layer_of(routers.config("base")).eval()
+    x, mask = some(2, 5)
+    call, _ = compiled(layer)
+    assert torch.equal(call(x, mask), layer(x, mask))
+    layer.train()
+    with pytest.raises(Exception, match="compile the model in eval mode, or train it in eager"):
+        call(x, mask)
+
+
+@pytest.mark.parametrize("name", backends.names())
+def test_every_backend_compiles_or_says_why_not(name: str):
+    case = BackendCase(backend=backends.get(name), device="cpu", compile=True)
+    report = run(name, {"compiles": BACKEND_CHECKS["compiles"]}, case)
+    if name == "reference":
+        assert "it reads rows_per_expert on the host" in report.skipped["compiles"]
+    else:
+        assert report.ran == ("compiles",)
+
+
+# That these checks can fail.
+
+
+class ReadsItsData(AbstractRouter):
+    """Chooses on the host, which cannot be traced."""
+
+    def forward(self, x, mask=None, ids=None):
+        chosen = torch.zeros(*x.shape[:2], self.num_experts, dtype=torch.bool)
+        chosen[..., 0 if x.sum().item() > 0 else 1] = True
+        chosen = chosen if mask is None else chosen & mask.unsqueeze(-1)
+        return SparseRouting.from_choice(chosen, chosen.to(x.dtype), mask=mask)
+
+
+class ForgetsItsGradient(AbstractRouter):
+    """Learns in eager mode only."""
+
+    def __init__(self, dim: int, num_experts: int):
+        super().__init__(dim, num_experts)
+        self.weight = nn.Parameter(torch.randn(num_experts, dim))
+
+    def forward(self, x, mask=None, ids=None):
+        scores = (x @ self.weight.t()).softmax(-1)
+        if torch.compiler.is_compiling():
+            scores = scores.detach()
+        chosen = scores > 0.2
+        chosen = chosen if mask is None else chosen & mask.unsqueeze(-1)
+        return SparseRouting.from_choice(chosen, scores, mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("router", "says"),
+    [(ReadsItsData, "raised .*data-dependent"), (ForgetsItsGradient, "compiling loses a gradient")],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_a_router_that_does_not_compile_is_caught(router: type[AbstractRouter], says: str):
+    case = RouterCase(make=router, dim=7, num_experts=5, compile=True)
+    with pytest.raises(AssertionError, match=f"compiles: {says}"):
+        run("router", {"compiles": ROUTER_CHECKS["compiles"]}, case)
+
+
+def test_one_call_compiles_a_router():
+    assert "compiles" in check_router("unified", compile=True).ran
+
+
+def test_a_backend_that_does_not_compile_is_caught():
+    class LosesAGradient(AbstractBackend):
+        def reasons_against(self, rows, weights):
+            return []
+
+        def compute(self, rows, rows_per_expert, weights):
+            if torch.compiler.is_compiling():
+                rows = rows.detach()
+            return ReferenceBackend().compute(rows, rows_per_expert, weights)
+
+    case = BackendCase(backend=LosesAGradient(), device="cpu", compile=True)
+    with pytest.raises(AssertionError, match="compiling loses the gradient of rows"):
+        run("backend", {"compiles": BACKEND_CHECKS["compiles"]}, case)
+
+
+def test_a_layer_that_does_not_compile_is_caught(monkeypatch: pytest.MonkeyPatch):
+    case = layer_case(MoEConfig(num_experts=5, expert_width=6), compile=True)
+    monkeypatch.setattr(MoE, "hand_over", lambda self, routing: self.sinks and print(routing))
+    with pytest.raises(AssertionError, match="compiles: "):
+        run("layer", {"compiles": LAYER_CHECKS["compiles"]}, case)
+
+
+# Spare rows: a graph cannot know how many rows there will be.
+
+
+def test_spare_rows_count_nowhere():
+    layer = layer_of(routers.config("token-choice", capacity_factor=0.5, k=2))
+    x, mask = some(3, 8)
+    call, _ = compiled(layer)
+    with record_routing(layer) as record:
+        assert torch.allclose(call(x, mask), layer(x, mask), atol=1e-6)
+    fast, plain = record[""]
+    assert isinstance(fast, SparseRouting)
+    assert isinstance(plain, SparseRouting)
+    used = int(plain.rows_per_expert.sum())
+    assert plain.token_of_row.shape == (used,)
+    assert fast.token_of_row.shape == (3 * 8 * 2,), "as many rows as there could ever be"
+    assert (fast.expert_of_row[used:] == 4).all()
+    assert (fast.weight_of_row[used:] == 0).all()
+    assert torch.equal(fast.token_of_row[:used], plain.token_of_row)
+    assert torch.equal(fast.rows_per_expert, plain.rows_per_expert)
+    assert torch.equal(fast.chosen, plain.chosen)
+    assert metrics(fast) == pytest.approx(metrics(plain), abs=1e-6)
+    assert balance(fast).item() == pytest.approx(balance(plain).item(), abs=1e-6)
+
+
+def test_spare_rows_may_be_made_of_broken_padding():
+    # Spare rows are copies of token 0. Here it is padding, and holds NaN.
+    layer = layer_of(routers.config("token-choice", capacity=1), gated=True, bias=True)
+    x, mask = some(2, 6)
+    assert mask is not None
+    mask[0, 0] = False
+    x = x.masked_fill(~mask.unsqueeze(-1), float("nan"))
+    call, _ = compiled(layer)
+    y = call(x, mask)
+    assert torch.allclose(y, layer(x, mask), atol=1e-6)
+    y.square().sum().backward()
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+# Precision.
+
+
+@pytest.mark.parametrize("router", MAIN, ids=str)
+def test_bfloat16_layers_compile(router: RouterConfig):
+    found = []
+    for fast in (False, True):
+        layer = layer_of(router, gated=True).bfloat16()
+        call = compiled(layer)[0] if fast else layer
+        torch.manual_seed(1)
+        x, mask = some(2, 9)
+        x = x.bfloat16().requires_grad_()
+        y = call(x, mask)
+        assert y.dtype == torch.bfloat16
+        y.float().square().sum().backward()
+        gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        found.append({"output": y, "gradient of x": x.grad, **gradients})
+    eager, traced = found
+    assert set(eager) == set(traced)
+    for name, want in eager.items():
+        # The same operations, but sums over rows may be taken in another order: a few roundings
+        # (2^-8) of the largest number.
+        gap = (traced[name].float() - want.float()).abs().max()
+        assert gap <= 4 * 2**-8 * want.float().abs().max(), name
+
+
+def test_autocast_compiles():
+    layer = layer_of(routers.config("token-choice", k=2), gated=True, shared_width=4)
+    x, mask = some(2, 9)
+    call, _ = compiled(layer)
+    with torch.autocast("cpu", torch.bfloat16), record_routing(layer) as record:
+        low, want = call(x, mask), layer(x, mask)
+    assert low.dtype == want.dtype == torch.bfloat16
+    assert torch.equal(chosen(record[""][0]), chosen(record[""][1]))
+    assert torch.allclose(
+        low.float(), want.float(), atol=4 * 2**-8 * float(want.detach().abs().max())
+    )
+
+
+# Inductor: generated code, in training, with losses and padding.
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        routers.config("token-choice", capacity_factor=1.0, k=2),
+        routers.config("soft"),
+    ],
+    ids=str,
+)
+def test_inductor_equals_eager(router: RouterConfig):
+    found = []
+    for fast in (False, True):
+        layer = layer_of(router, shared_width=4, losses={"balance": 0.1, "z": 0.1})
+        call = compiled(layer, "inductor")[0] if fast else layer
+        torch.manual_seed(1)
+        x, mask = some(2, 9)
+        x.requires_grad_()
+        y = call(x, mask)
+        y.square().sum().backward()
+        gradients = {n: p.grad for n, p in layer.named_parameters() if p.grad is not None}
+        found.append({"output": y.detach(), "gradient of x": x.grad, **gradients})
+    eager, generated = found
+    assert set(eager) == set(generated)
+    for name, want in eager.items():
+        # Float32 sums of some dozen terms, fused and ordered differently.
+        assert (generated[name] - want).abs().max() < 1e-5 * (1 + want.abs().max()), name
+
+
+# One compilation serves all.
+
+
+@pytest.mark.parametrize("router", MAIN, ids=str)
+def test_other_data_does_not_compile_anew(router: RouterConfig):
+    layer = layer_of(router)
+    call, counter = compiled(layer)
+    x, mask = some(2, 6)
+    assert mask is not None
+    call(x, mask)
+    alike = x[:1, :1].expand_as(x).clone()
+    for data, kept in ((alike, mask), (x, torch.zeros_like(mask)), (5 * x, torch.ones_like(mask))):
+        assert torch.allclose(call(data, kept), layer(data, kept), atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("router", MAIN, ids=str)
+def test_any_shape(router: RouterConfig):
+    layer = layer_of(router)
+    counter = CompileCounterWithBackend("aot_eager")
+    call = torch.compile(layer, fullgraph=True, dynamic=True, backend=counter)
+    for shape in ((2, 3), (2, 5), (4, 7)):
+        x, mask = some(*shape)
+        y = call(x, mask)
+        assert torch.allclose(y, layer(x, mask), atol=1e-6)
+        y.sum().backward()
+    # A graph for any shape, and perhaps one for the first.
+    assert counter.frame_count <= 2
+
+
+def test_what_adapts_does_not_compile_anew():
+    layer = layer_of(routers.config("bias-balanced", rate=0.5))
+    call, counter = compiled(layer)
+    x, _ = some(2, 6)
+    states = set()
+    for _ in range(4):
+        states.add(tuple(layer.router.get_buffer("state").tolist()))
+        with record_routing(layer) as record:
+            assert torch.allclose(call(x), layer(x), atol=1e-6)
+        assert torch.equal(chosen(record[""][0]), chosen(record[""][1]))
+        record.update()
+    assert counter.frame_count == 1
+    assert len(states) > 1, "nothing was adapted"
+
+
+# The record.
+
+
+def test_many_passes_are_recorded_by_one_graph():
+    # torch.compile gives up after eight compilations of the same function.
+    layer = layer_of(routers.config("token-choice"), losses={})
+    call, counter = compiled(layer)
+    x, _ = some(1, 4)
+    call(x)
+    for _ in range(3):
+        with record_routing(layer) as record:
+            for scale in range(12):
+                call(scale * x)
+        for scale, routing in enumerate(record[""]):
+            assert torch.allclose(logits(routing), scale * logits(record[""][1]), atol=1e-5)
+        assert len(record[""]) == 12
+    assert counter.frame_count == 2  # unheard and heard
+    with record_routing(layer) as outer, record_routing(layer) as inner:
+        call(x)
+    assert len(outer[""]) == len(inner[""]) == 1
+
+
+def test_losses_of_the_record_train_a_compiled_layer():
+    gradients = []
+    for fast in (False, True):
+        layer = layer_of(routers.config("token-choice"), losses={}).double()
+        call = compiled(layer)[0] if fast else layer
+        torch.manual_seed(1)
+        x, mask = some(2, 6)
+        with record_routing(layer) as record:
+            y = call(x.double(), mask)
+        (y.square().sum() + record.loss(balance=1.0, z=0.5)).backward()
+        gradients.append(layer.router.get_parameter("weight").grad)
+    # Float64, traced and repeated operation by operation.
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, layer: MoE):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return checkpoint(self.layer, x, use_reentrant=False)
+
+
+def test_checkpointing_compiles_with_losses_on_board(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+    gradients = []
+    x, _ = some(2, 6)
+    for fast in (False, True):
+        layer = layer_of(routers.config("token-choice"), losses={"balance": 1.0}).double()
+        model = Checkpointed(layer)
+        call = compiled(model)[0] if fast else layer
+        with record_routing(layer) as record:
+            call(x.double()).square().sum().backward()
+        assert len(record[""]) == 1
+        gradients.append(layer.router.get_parameter("weight").grad)
+    assert torch.allclose(gradients[0], gradients[1], atol=1e-12)
+
+
+# Errors.
+
+
+def test_logits_that_are_not_finite_are_refused_in_a_graph():
+    call, _ = compiled(layer_of(routers.config("token-choice")))
+    x, _ = some(2, 3)
+    call(x)
+    with pytest.raises(RuntimeError, match=r"layer\.3: router logits are NaN or infinite"):
+        call(x * float("nan"))
+
+
+def test_bad_input_is_refused_while_compiling():
+    call, _ = compiled(layer_of(routers.config("token-choice")))
+    with pytest.raises(Exception, match="x has width 5, the router was built for dim=6"):
+        call(torch.randn(2, 3, 5))
