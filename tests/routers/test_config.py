@@ -185,7 +185,7 @@ def test_an_unknown_router_is_refused_with_the_nearest():
     ("name", "setting", "nearest"),
     [
         ("token-choice", "capacity_facter", "capacity_factor"),
-        ("unified", "alhpa", "alpha"),
+        ("unified", "alphas", "alpha"),
         ("soft", "slot", "slots"),
         ("hash", "seeds", "seed"),
     ],
