@@ -1,6 +1,6 @@
 """How many rows an expert may take in a group.
 
-Shapes: a number, or one for each of ` groups`.
+Shapes: a number for one group, `[groups]` for several.
 
 One convention, and the two published ones as settings. With `n` real tokens in the group, `k`
 experts asked for by each token (1 where experts choose) and `E` experts:
