@@ -199,5 +199,5 @@ def test_what_a_backend_refuses_is_skipped_with_its_reason():
 
 
 def test_an_unknown_backend_is_refused():
-    with pytest.raises(ValueError, match="unknown backend 'groupd'; did you mean 'grouped'"):
-        check_backend("groupd")
+    with pytest.raises(ValueError, match="unknown backend 'fuse'; did you mean 'fused'"):
+        check_backend("fuse")
