@@ -1,12 +1,18 @@
 """The packaged encoder: found without importing its package, and only if its weights are known."""
 
 import importlib.metadata
+import os
 import socket
+import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import huggingface_hub.constants
 import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers.sentence_transformer.modules import Dense
 
 from moefold.surgery import encoder
 from moefold.surgery.encoder import (
@@ -15,6 +21,7 @@ from moefold.surgery.encoder import (
     hub_is_out_of_reach,
     minilm_folder,
     pretrained_encoder,
+    refuse_pickles,
     sha256_of,
     source_folder,
 )
@@ -120,3 +127,73 @@ def test_whether_the_hub_is_in_reach(monkeypatch):
     assert asked == [("hub.example", 443)] * 2
     monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
     assert not hub_is_out_of_reach()  # a proxy resolves names itself
+
+
+def test_a_dense_module_of_pickles_is_refused(minilm, tmp_path):
+    minilm.append(Dense(384, 4))
+    minilm.save_pretrained(str(tmp_path / "given"))
+    weights = tmp_path / "given" / "3_Dense" / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    pretrained_encoder(tmp_path / "given")  # the safetensors are read, not the pickle
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"3_Dense/pytorch_model.bin is a pickle, which is never"):
+        pretrained_encoder(tmp_path / "given")
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.PT", "weights.pth", "vectors.pkl"])
+def test_pickles_are_refused_wherever_a_module_is(tmp_path, name):
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "model.bin").touch()  # of no module
+    refuse_pickles(tmp_path)
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} is a pickle"):
+        refuse_pickles(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    refuse_pickles(tmp_path)
+    (tmp_path / "modules.json").write_text('[{"path": ""}, {"path": "1_Router"}]')
+    refuse_pickles(tmp_path)
+    (tmp_path / "1_Router" / "query").mkdir(parents=True)
+    (tmp_path / "1_Router" / "query" / name).touch()
+    with pytest.raises(ValueError, match=f"1_Router/query/{name} is a pickle"):
+        refuse_pickles(tmp_path)
+    (tmp_path / "modules.json").write_text('{"path": 3}')
+    with pytest.raises(ValueError, match=r"cannot read .*modules.json"):
+        refuse_pickles(tmp_path)
+
+
+def test_pickles_are_not_fetched(tmp_path, monkeypatch):
+    (tmp_path / "pytorch_model.bin").touch()  # fetched earlier, by somebody else
+    asked = {}
+
+    def fetch(name: str, **settings: object) -> str:
+        asked.update(settings, name=name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(encoder, "hub_is_out_of_reach", lambda: False)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    with pytest.raises(ValueError, match=r"pytorch_model.bin is a pickle"):
+        pretrained_encoder("owner/name")
+    assert asked["name"] == "owner/name"
+    assert {"*.bin", "*.pt", "*.pth", "*.pkl"} <= set(asked["ignore_patterns"])
+
+
+def test_a_name_in_the_cache_of_the_hub_is_opened_by_its_name(minilm, tmp_path):
+    # The layout of the hub's cache: what is fetched lies there, whole or in part.
+    commit = "a" * 40
+    repository = tmp_path / "hub" / "models--owner--name"
+    minilm.save_pretrained(str(repository / "snapshots" / commit))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    code = (
+        "from moefold.surgery import encoder\n"
+        "encoder.hub_is_out_of_reach = lambda: True\n"
+        "print(encoder.pretrained_encoder('owner/name')[0].model.config.name_or_path)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path)},
+        check=False,
+    )
+    assert done.stdout.strip() == "owner/name", done.stderr

