@@ -85,6 +85,14 @@ def test_sequence_balance_by_hand():
     assert loss("sequence-balance", routing) == pytest.approx(5 / 4, abs=ROUNDING)
 
 
+def test_sequence_balance_leaves_out_a_bias_that_only_chooses():
+    # A bias made both tokens take expert 1, but expert 0 has their better scores: it is counted.
+    # 2 * 1 * 3/4 = 3/2; counting the choice would give 2 * 1 * 1/4 = 1/2.
+    scores = [[[0.6, 0.2], [0.6, 0.2]]]
+    routing = routing_of(torch.zeros(1, 2, 2), [[[0, 1], [0, 1]]], scores)
+    assert loss("sequence-balance", routing) == pytest.approx(3 / 2, abs=ROUNDING)
+
+
 def test_importance_by_hand():
     # Sums of probability: (1.5, .5), mean 1, standard deviation 1/2: (1/2)^2.
     logits = of_probabilities([[[0.9, 0.1], [0.6, 0.4]]])
@@ -268,7 +276,12 @@ def slow(name: str, routing: SparseRouting) -> float:
         for sequence in {b for b, _ in real}:
             tokens = [t for b, t in real if b == sequence]
             rows = [[s / sum(scores[sequence][t]) for s in scores[sequence][t]] for t in tokens]
-            each.append(slow_agreement(rows, [asked[sequence][t] for t in tokens]))
+            best = []
+            for t in tokens:  # the best scores of the token, as many as it asked for
+                order = sorted(range(len(rows[0])), key=lambda e, t=t: -scores[sequence][t][e])
+                taken = order[: int(sum(asked[sequence][t]))]
+                best.append([e in taken for e in range(len(rows[0]))])
+            each.append(slow_agreement(rows, best))
         return sum(each) / len(each)
     if name in ("importance", "load"):
         each = []

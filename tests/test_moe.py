@@ -10,7 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moefold import Experts, MoE, MoEConfig, record_routing, routers, set_loss_scale
+from moefold import (
+    Experts,
+    MoE,
+    MoEConfig,
+    name_sites,
+    record_routing,
+    routers,
+    set_loss_scale,
+)
 from moefold.losses import balance
 from moefold.routing import SparseRouting
 from moefold.testing.probe import untyped
@@ -344,3 +352,49 @@ def test_parts_put_together_by_hand():
     with record_routing(layer) as record:
         layer(torch.randn(1, 5, 6))
     assert record[""][0].rows_per_expert.tolist() == [2, 2, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"activation": "gleu"}, "gleu"),
+        ({"backend": "groupd"}, "grouped"),
+        ({"losses": {"balance": -1.0}}, "coefficient of loss 'balance' is -1.0"),
+        ({"losses": {"balance": float("nan")}}, "coefficient of loss 'balance' is nan"),
+    ],
+)
+def test_a_config_is_checked_when_it_is_made(settings, message):
+    with pytest.raises(ValueError, match=message):
+        MoEConfig(**settings)
+
+
+def test_data_that_is_no_config_is_refused():
+    with pytest.raises(ValueError, match="MoEConfig has no setting 'foo'; it has activation"):
+        MoEConfig.from_dict({"foo": 1})
+    with pytest.raises(ValueError, match=r"not a router configuration: \{'k': 2\}"):
+        MoEConfig.from_dict({"router": {"k": 2}})
+    assert MoEConfig.from_dict({}) == MoEConfig()
+
+
+def test_sites_are_named_by_their_place():
+    model = torch.nn.Sequential(MoEConfig(num_experts=2, expert_width=4).build(dim=4))
+    name_sites(model)
+    with pytest.raises(ValueError, match=r"^0: router logits are NaN or infinite"):
+        model(torch.full((1, 2, 4), torch.nan))
+
+
+def test_a_hook_on_the_layer_runs_once_for_one_sequence():
+    layer = MoEConfig(num_experts=2, expert_width=4).build(dim=4)
+    calls = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    layer(torch.randn(3, 4))
+    assert calls == [1]
+    message = r"mask has shape \(2,\), but x has \[tokens\] = \(3,\)"
+    with untyped(), pytest.raises(ValueError, match=message):
+        layer(torch.randn(3, 4), torch.ones(2, dtype=torch.bool))
+
+
+def test_an_activation_with_parameters_keeps_them():
+    activation = nn.PReLU(init=0.25)
+    Experts(2, 4, 4, activation=activation)
+    assert activation.weight.item() == 0.25

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from moefold import losses, metrics, routers, routing
 from moefold.experts import Experts
-from moefold.moe import MoE, MoEConfig, set_loss_scale
+from moefold.moe import MoE, MoEConfig, name_sites, set_loss_scale
 from moefold.record import Record, record_routing
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'moefold' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 __all__ = [
     "Copies",
     "Experts",
@@ -62,6 +66,7 @@ __all__ = [
     "load",
     "losses",
     "metrics",
+    "name_sites",
     "plan",
     "record_routing",
     "revert",

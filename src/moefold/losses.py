@@ -4,8 +4,9 @@ Shapes: `batch tokens experts`; competition for `importance` and `load` is withi
 `[groups, members, experts]`. Padding counts in none of them. A routing without logits or without
 choice (hash, random, soft) has nothing to balance: its losses are 0.
 
-To combine: mean over the forward passes of a site, sum over sites (V-MoE). `ops.ride` lets a loss
-ride on the layer's output, so that an ordinary training loop needs no change.
+To combine: sum over sites (V-MoE). `ops.ride` lets a loss ride on the layer's output, so that an
+ordinary training loop needs no change; it then counts once for each forward pass, whereas
+`record.loss` takes the mean over passes.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from moefold.ops.select import rank
 from moefold.registry import Registry
 from moefold.routing import Routing, SparseRouting
 
@@ -45,7 +47,8 @@ def sequence_balance(routing: Routing) -> Float[Tensor, ""]:
     """The balance loss of every sequence by itself, averaged; 1 at perfect balance.
 
     Probabilities are the scores that competed, divided by their sum over experts, as DeepSeek-V3
-    does with its sigmoids.
+    does with its sigmoids. What is counted are the best scores of a token, as many as it asked for:
+    a bias that only chooses is left out.
 
     Source: DeepSeek-AI, *DeepSeek-V3 Technical Report*, 2024, equations 17-20.
     """
@@ -54,7 +57,8 @@ def sequence_balance(routing: Routing) -> Float[Tensor, ""]:
     scores = routing.scores
     total = scores.sum(-1, keepdim=True)
     probability = scores / torch.where(total > 0, total, torch.ones_like(total))
-    return _agreement(probability, _asked(routing), _real(routing))
+    best = rank(scores) < _asked(routing).sum(-1, keepdim=True)
+    return _agreement(probability, best, _real(routing))
 
 
 @losses.register(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moefold.experts import Experts
+from moefold.experts import Experts, activations, backends
 from moefold.losses import losses as known_losses
 from moefold.ops.ride import ride
 from moefold.record import AbstractRouted
@@ -72,8 +72,12 @@ class MoEConfig:
         if self.expert_width is not None:
             check_positive("expert_width", self.expert_width)
         check_at_least_zero("shared_width", self.shared_width)
-        for name in self.losses or {}:
+        for name, coefficient in (self.losses or {}).items():
             known_losses.get(name)
+            check_at_least_zero(f"coefficient of loss {name!r}", coefficient)
+        activations.get(self.activation)
+        if self.backend != "auto":
+            backends.get(self.backend)
 
     def build(self, dim: int, *, causal: bool = False, site: str = "") -> "MoE":
         """Make the layer.
@@ -103,7 +107,19 @@ class MoEConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "MoEConfig":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; what is missing keeps its default.
+
+        Raises:
+            ValueError: an unknown setting.
+        """
+        known = {part.name for part in fields(cls)}
+        if strangers := set(data) - known:
+            raise ValueError(
+                f"MoEConfig has no setting {', '.join(map(repr, sorted(strangers)))}; it has "
+                f"{', '.join(sorted(known))}."
+            )
+        if "router" not in data:
+            return cls(**data)
         return cls(**{**data, "router": RouterConfig.from_dict(data["router"])})
 
 
@@ -165,9 +181,18 @@ class MoE(AbstractRouted):
         Raises:
             ValueError: wrong input, see `AbstractRouter.check`; non-finite logits.
         """
-        if x.ndim == 2:
-            lift = [None if t is None else t.unsqueeze(0) for t in (mask, ids)]
-            return self(x.unsqueeze(0), *lift).squeeze(0)
+        if x.ndim != 2:
+            return self._mix(x, mask, ids)
+        for name, value in (("mask", mask), ("ids", ids)):
+            if value is not None and value.shape != x.shape[:1]:
+                raise ValueError(
+                    f"{self.site or 'this layer'}: {name} has shape {tuple(value.shape)}, but x "
+                    f"has [tokens] = {tuple(x.shape[:1])}. Pass one value for each token."
+                )
+        lifted = [None if t is None else t.unsqueeze(0) for t in (mask, ids)]
+        return self._mix(x.unsqueeze(0), *lifted).squeeze(0)
+
+    def _mix(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tensor:
         routing = self.router(x, mask) if ids is None else self.router(x, mask, ids)
         self.hand_over(routing)
         rows = self.experts(routing.dispatch(x), routing.rows_per_expert, backend=self.backend)
@@ -198,11 +223,22 @@ class MoE(AbstractRouted):
 def set_loss_scale(model: nn.Module, scale: float) -> None:
     """Scale the losses that ride on the graph of every MoE layer.
 
-    A loss that rides gets a gradient of 1 whatever the task loss was divided or multiplied by. With
-    gradient accumulation over n micro-batches whose loss is divided by n, set `1 / n`; with a
-    gradient scaler, set its scale.
+    A loss that rides gets a gradient of 1 for each forward pass, whatever the task loss was divided
+    or multiplied by. A bi-encoder that passes queries and documents separately counts it twice a
+    step: set 1/2. With gradient accumulation over n micro-batches whose loss is divided by n, set
+    `1 / n`; with a gradient scaler, set its scale.
     """
     check_at_least_zero("loss_scale", scale)
     for module in model.modules():
         if isinstance(module, MoE):
             module.loss_scale = scale
+
+
+def name_sites(model: nn.Module) -> None:
+    """Name every MoE layer by its place in the model, so that errors say which one it is.
+
+    Surgery does so by itself; this is for models that were built with layers in them.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, MoE):
+            module.site = name

@@ -105,7 +105,9 @@ class Record(Mapping[str, list[Routing]]):
     def loss(self, **coefficients: float) -> Float[Tensor, ""]:
         """Weighted sum of auxiliary losses: mean over forward passes, sum over sites.
 
-        Use it where losses do not ride on the graph: both together would count them twice.
+        Use it where losses do not ride on the graph: both together would count them twice. Under
+        reentrant activation checkpointing the routing that is recorded has no gradient, nor has
+        this loss: use `use_reentrant=False`, or let the losses ride.
 
         Args:
             **coefficients: by loss name, `_` for `-`: `loss(balance=0.01, z=0.001)`.

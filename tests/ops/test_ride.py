@@ -131,3 +131,11 @@ def test_compiles_into_one_graph(dtype):
     out.sum().backward()
     assert slope(b).item() == 3.0
     assert torch.equal(slope(a), 2 * (a > 0).to(dtype))
+
+
+def test_a_loss_rides_under_torch_func():
+    # d/dw (w^2 + 3 w) = 2 w + 3 at w = 2, where 3 w rides.
+    def task(w):
+        return ride(w * w, 3 * w)
+
+    assert torch.func.grad(task)(torch.tensor(2.0)) == 7

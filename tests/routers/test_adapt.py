@@ -325,3 +325,18 @@ def rule_of(router: nn.Module) -> Adapt:
     assert isinstance(router, SparseRouter)
     assert router.recipe.adapt is not None
     return router.recipe.adapt
+
+
+@pytest.mark.parametrize(("k", "bound"), [(1, 1e4), (4, 1e-12)])
+def test_the_strength_of_an_l1_penalty_finds_its_way_back(k, bound):
+    # All four experts are always positive: too dense for k = 1, never for k = 4. Without bounds 600
+    # steps of 1.2 leave float32 at either end (inf, or 0 that no factor moves again).
+    rule = AdaptiveL1(k=k)
+    router = routers.build("relu", dim=4, num_experts=4)
+    with torch.no_grad():
+        router.weight.fill_(1.0)
+    routing = router(torch.ones(1, 5, 4))
+    state = rule.initial(4)
+    for _ in range(600):
+        state = rule.update(state, [routing])
+    assert state == pytest.approx(bound, rel=1e-6)

@@ -144,7 +144,7 @@ def test_settings_go_to_the_part_that_knows_them():
             "score is 'softmx'; allowed: 'softmax', 'sigmoid', 'relu', 'identity'",
         ),
         ({"choice": "top"}, "choice is 'top'; allowed: 'top-experts', 'top-tokens', 'top-pairs'"),
-        ({"weight": "score"}, "source is 'score'; allowed: 'scores', 'softmax', 'clean-softmax'"),
+        ({"weight": "score"}, "weight is 'score'; allowed: 'scores', 'softmax', 'clean-softmax'"),
         ({"normalize": "sum"}, "normalize is 'sum'; allowed: 'no', 'chosen', 'all'"),
         (
             {"budget": 2.0},

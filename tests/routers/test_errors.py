@@ -4,6 +4,7 @@ Messages are matched on the values that are computed into them. Rank and dtype a
 the typing hook, as users meet them.
 """
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -342,3 +343,38 @@ def test_balanced_assignment_does_not_compile(monkeypatch):
     with pytest.raises(ValueError, match="solved on the host and cannot be compiled for training"):
         router(torch.randn(1, 3, DIM))
     router.eval()(torch.randn(1, 3, DIM))
+
+
+def test_the_refusal_of_a_router_survives_members_that_cannot_be_built(monkeypatch):
+    def needy(dim, num_experts, *, needed):
+        raise AssertionError("must not be called")
+
+    registry = copy.deepcopy(routers.routers)
+    registry.register("needy", needy, summary="needs a setting")
+    monkeypatch.setattr(routers, "routers", registry)
+    with pytest.raises(ValueError, match="Causal routers: token-choice"):
+        routers.build("expert-choice", dim=4, num_experts=2, causal=True)
+
+
+@pytest.mark.parametrize("name", ["hash", "random"])
+def test_routers_without_logits_refuse_nan_too(name):
+    router = routers.build(name, dim=4, num_experts=2)
+    router.site = "layers.7"
+    x = torch.ones(1, 3, 4)
+    x[0, 1, 2] = torch.nan
+    ids = torch.zeros(1, 3, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"layers\.7: hidden states are NaN or infinite"):
+        router(x, None, ids)
+
+
+def test_a_group_that_does_not_divide_names_the_layer():
+    router = routers.build("unified", dim=4, num_experts=2, group=5)
+    router.site = "layers.7"
+    with pytest.raises(ValueError, match=r"layers\.7: group size 5 does not divide the 6 tokens"):
+        router(torch.ones(2, 3, 4))
+
+
+def test_renormalize_is_yes_or_no():
+    message = "renormalize is 'no'; allowed: False, True"
+    with untyped(), pytest.raises(ValueError, match=message):
+        routers.build("token-choice", dim=4, num_experts=2, renormalize="no")

@@ -95,7 +95,7 @@ class Experts(nn.Module):
     def reset_parameters(self) -> None:
         """Draw every parameter as `nn.Linear` does: uniform within 1 / sqrt(what it sums over)."""
         # nn.init would read the fan-in of a stack off its last two dims times the first.
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):
             fan_in = self.width if name.startswith("down_proj") else self.dim
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5)
 

@@ -34,10 +34,13 @@ def ride(y: Float[Tensor, "*shape"], loss: Float[Tensor, "*any"]) -> Float[Tenso
 
 class _Ride(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
-        ctx.save_for_backward(loss)
+    def forward(y: Tensor, loss: Tensor) -> Tensor:
         # Not view_as: a view made here could not be changed in place by the layers that follow.
         return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:

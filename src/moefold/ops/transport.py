@@ -144,7 +144,7 @@ def assign_balanced(
     scores: Float[Tensor, "groups members experts"],
     valid: Bool[Tensor, "groups members"] | None = None,
 ) -> Bool[Tensor, "groups members experts"]:
-    """One expert for every real token, all experts equally loaded, at the largest total score.
+    """One expert for every real token, loads balanced, at the largest total score.
 
     An expert takes at most `ceil(real tokens / experts)` tokens. Solved exactly on the host with
     SciPy, which is slow beyond a few thousand tokens in a group.

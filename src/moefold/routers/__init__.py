@@ -118,12 +118,23 @@ class RouterConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "RouterConfig":
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`.
+
+        Raises:
+            ValueError: the data is not that of a router.
+        """
+        if not isinstance(data, Mapping) or not {"name"} <= set(data) <= {"name", "settings"}:
+            raise ValueError(
+                f"not a router configuration: {data!r}; it is a mapping with 'name' and 'settings'."
+            )
         return cls(data["name"], data.get("settings", {}))
 
     def __str__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
         return f"{self.name}({settings})"
+
+    def __hash__(self) -> int:
+        return hash((self.name, frozenset(self.settings)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.name, dict(self.settings))
@@ -155,7 +166,15 @@ def known_settings(name: str) -> tuple[str, ...] | None:
 
 def causal_names() -> tuple[str, ...]:
     """Registered routers that are causal with their default settings."""
-    return tuple(name for name in names() if routers.get(name)(8, 4).is_causal)
+    causal = []
+    for name in names():
+        try:
+            router = routers.get(name)(8, 4)
+        except (TypeError, ValueError):
+            continue  # a plug-in that needs a setting, or a library: nothing to recommend here
+        if router.is_causal:
+            causal.append(name)
+    return tuple(causal)
 
 
 __all__ = [

@@ -18,6 +18,9 @@ from torch import Tensor
 from moefold.routers.base import check_one_of, check_positive
 from moefold.routing import SparseRouting
 
+# An L1 penalty outside of these is none at all, or all there is; it must find its way back.
+_WEAKEST, _STRONGEST = 1e-12, 1e4
+
 
 @runtime_checkable
 class Adapt(Protocol):
@@ -90,7 +93,7 @@ class RunningThreshold:
 
     def __post_init__(self) -> None:
         check_positive("budget", self.budget, integer=False)
-        if not 0 <= self.momentum < 1:
+        if not isinstance(self.momentum, int | float) or not 0 <= self.momentum < 1:
             raise ValueError(f"momentum is {self.momentum!r}; it must lie in [0, 1).")
 
     def initial(self, num_experts: int) -> Tensor:
@@ -130,7 +133,8 @@ class AdaptiveL1:
     def __post_init__(self) -> None:
         check_positive("k", self.k)
         check_positive("start", self.start, integer=False)
-        if not self.factor > 1:
+        check_positive("factor", self.factor, integer=False)
+        if self.factor <= 1:
             raise ValueError(f"factor is {self.factor!r}; it must be larger than 1.")
 
     def initial(self, num_experts: int) -> Tensor:
@@ -142,7 +146,8 @@ class AdaptiveL1:
         if tokens == 0:
             return state
         too_dense = active > self.k * tokens
-        return torch.where(too_dense, state * self.factor, state / self.factor)
+        moved = torch.where(too_dense, state * self.factor, state / self.factor)
+        return moved.clamp(_WEAKEST, _STRONGEST)
 
     def shift(self, scores: Tensor, state: Tensor) -> Tensor:
         return scores

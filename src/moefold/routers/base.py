@@ -4,8 +4,10 @@ Shapes: `batch tokens dim` in, a routing out. `mask` is True for real tokens.
 """
 
 import abc
+import difflib
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeGuard
 
 import torch
@@ -78,6 +80,10 @@ class AbstractRouter(nn.Module, abc.ABC):
             ids: token ids, for the routers that hash them.
         """
 
+    def extra_repr(self) -> str:
+        """What `print` shows of the router."""
+        return f"dim={self.dim}, num_experts={self.num_experts}, reach={self.reach!r}"
+
     def update(self, routings: Sequence[Routing]) -> None:
         """Adapt what is not learnt by gradient (a bias, a threshold) to the routings of one step.
 
@@ -119,23 +125,39 @@ class AbstractRouter(nn.Module, abc.ABC):
                 "For an attention mask of ones and zeros pass mask.bool()."
             )
 
-    def check_finite(self, logits: Tensor, mask: Tensor | None) -> None:
-        """Refuse NaN or infinite logits of real tokens, naming the layer.
+    def as_groups(
+        self, x: Tensor, mask: Tensor | None
+    ) -> tuple[Grouping, Bool[Tensor, "groups members"] | None]:
+        """How a batch falls into groups, and which of their members are real tokens.
+
+        Raises:
+            ValueError: the number of tokens in a group does not divide the batch.
+        """
+        try:
+            grouping = Grouping(self.group, x.shape[0], x.shape[1])
+        except ValueError as error:
+            raise ValueError(f"{self.site}: {error}") from None
+        return grouping, None if mask is None else grouping.split(mask)
+
+    def check_finite(
+        self, values: Tensor, mask: Tensor | None, what: str = "router logits"
+    ) -> None:
+        """Refuse NaN or infinite values of real tokens, naming the layer.
 
         On a GPU and in a compiled graph the check does not wait for the device: it fails there,
         as a RuntimeError with the same text, when the device comes to it.
 
         Raises:
-            ValueError: a logit is NaN or infinite.
+            ValueError: a value is NaN or infinite.
         """
-        finite = torch.isfinite(logits)
+        finite = torch.isfinite(values)
         if mask is not None:
             finite = finite | ~mask.unsqueeze(-1)
         message = (
-            f"{self.site}: router logits are NaN or infinite. Look at the hidden states that enter "
-            "this layer (learning rate, overflow in half precision) before routing them."
+            f"{self.site}: {what} are NaN or infinite. Look at the hidden states that enter this "
+            "layer (learning rate, overflow in half precision) before routing them."
         )
-        if torch.compiler.is_compiling() or logits.is_cuda:
+        if torch.compiler.is_compiling() or values.device.type in ("cuda", "meta"):
             torch._assert_async(finite.all(), message)  # pyright: ignore[reportPrivateImportUsage]
         elif not finite.all():
             raise ValueError(message)
@@ -185,15 +207,14 @@ def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         ValueError: names the setting, the value and the list.
     """
     if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.")
+        near = difflib.get_close_matches(str(value), [str(one) for one in allowed], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.{hint}")
 
 
-def sees_as_groups(
-    x: Tensor, mask: Tensor | None, group: Group
-) -> tuple[Grouping, Bool[Tensor, "groups members"] | None]:
-    """How a batch falls into groups, and which of their members are real tokens."""
-    grouping = Grouping(group, x.shape[0], x.shape[1])
-    return grouping, None if mask is None else grouping.split(mask)
+def in_full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast: rounding scores to half precision changes which experts are chosen."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def float32_or_better(tensor: Tensor) -> Tensor:

@@ -253,7 +253,7 @@ class Above:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balanced:
-    """One expert a token, all experts equally loaded, in training; the best expert otherwise.
+    """One expert a token, in training at most `ceil(tokens / experts)` each; else the best one.
 
     Source: Lewis et al., *BASE Layers*, 2021.
     """

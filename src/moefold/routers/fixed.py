@@ -37,6 +37,8 @@ class HashRouter(AbstractRouter):
         super().__init__(dim, num_experts, reach="token")
         check_k(k, num_experts)
         check_one_of("by", by, ("id", "position"))
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed is {seed!r}; it must be a whole number.")
         self.k = k
         self.by = by
         self.seed = seed
@@ -66,6 +68,11 @@ class HashRouter(AbstractRouter):
                 f"{self.site}: ids have shape {tuple(ids.shape)}, but x has [batch, tokens] = "
                 f"{tuple(x.shape[:2])}. Pass one id for each token."
             )
+        if ids.is_floating_point():
+            raise ValueError(
+                f"{self.site}: ids have dtype {ids.dtype}; token ids are whole numbers."
+            )
+        self.check_finite(x, mask, "hidden states")
         first = _mix(ids, self.seed) % self.num_experts
         experts = torch.arange(self.num_experts, device=x.device)
         chosen = (experts - first.unsqueeze(-1)) % self.num_experts < self.k
@@ -89,6 +96,7 @@ class RandomRouter(AbstractRouter):
     ) -> Routing:
         """Route the tokens at random; see `AbstractRouter.forward`."""
         self.check(x, mask)
+        self.check_finite(x, mask, "hidden states")
         draws = torch.rand(*x.shape[:2], self.num_experts, device=x.device)
         return _constant(top(draws, self.k, -1), mask, self.k, x)
 

@@ -16,7 +16,7 @@ from moefold.routers.base import (
     check_at_least_zero,
     check_positive,
     float32_or_better,
-    sees_as_groups,
+    in_full_precision,
 )
 from moefold.routers.score import softmax_over_tokens
 from moefold.routing import Group, Routing, SoftRouting
@@ -34,7 +34,8 @@ class SoftRouter(AbstractRouter):
     """Soft mixture: logits are cosines of tokens and slots, times a learnt scale.
 
     The normalised tokens make the logits only; what is mixed into the slots are the tokens as they
-    came.
+    came. `noise_std` is, in training, the standard deviation of noise on the logits as they are
+    (sparse routers divide theirs by the number of experts).
 
     Attributes:
         phi: `[dim, experts, slots]`, one direction for each slot.
@@ -72,8 +73,8 @@ class SoftRouter(AbstractRouter):
     ) -> Routing:
         """Route the tokens; see `AbstractRouter.forward`."""
         self.check(x, mask)
-        grouping, valid = sees_as_groups(x, mask, self.group)
-        with torch.autocast(x.device.type, enabled=False):
+        grouping, valid = self.as_groups(x, mask)
+        with in_full_precision(x.device):
             tokens = float32_or_better(x)
             if mask is not None:
                 # Padding may hold NaN, and zero times NaN would reach the router's gradient.

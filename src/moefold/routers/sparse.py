@@ -20,7 +20,7 @@ from moefold.routers.base import (
     check_at_least_zero,
     check_positive,
     float32_or_better,
-    sees_as_groups,
+    in_full_precision,
 )
 from moefold.routers.choice import Choice, TopExperts
 from moefold.routers.score import Score, Softmax
@@ -137,8 +137,8 @@ class SparseRouter(AbstractRouter):
         """Route the tokens; see `AbstractRouter.forward`."""
         self.check(x, mask)
         recipe = self.recipe
-        grouping, valid = sees_as_groups(x, mask, recipe.group)
-        with torch.autocast(x.device.type, enabled=False):
+        grouping, valid = self.as_groups(x, mask)
+        with in_full_precision(x.device):
             logits = self._logits(x, mask)
             self.check_finite(logits, mask)
             noise_std = recipe.noise_std / self.num_experts if self.training else 0.0

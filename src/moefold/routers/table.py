@@ -4,7 +4,9 @@ Every function here takes `dim` and `num_experts` and the settings of its router
 and returns the module. The settings are spelt alike everywhere.
 """
 
+import difflib
 from dataclasses import fields
+from importlib.util import find_spec
 from typing import Any, Literal
 
 from moefold.routers.adapt import AdaptiveL1, BiasBalance, RunningThreshold
@@ -21,13 +23,14 @@ from moefold.routers.score import (
     Unified,
 )
 from moefold.routers.sparse import Cosine, Recipe, SparseRouter
-from moefold.routers.weight import Weight
+from moefold.routers.weight import SOURCES, Weight
 from moefold.routing import Group
 
 BALANCE = {"balance": 0.01}  # Switch Transformers' factor, also flaxformer's default
 
 
-def _normalize(renormalize: bool) -> Literal["no", "chosen"]:
+def _normalize(renormalize: object) -> Literal["no", "chosen"]:
+    check_one_of("renormalize", renormalize, (False, True))
     return "chosen" if renormalize else "no"
 
 
@@ -235,7 +238,7 @@ def seq_topk(dim: int, num_experts: int, *, k: int = 2, renormalize: bool = Fals
         num_experts,
         budget=float(k),
         alpha=0.0,
-        combine="renormalized" if renormalize else "unified",
+        combine="renormalized" if _normalize(renormalize) == "chosen" else "unified",
         min_experts=1,
         max_experts=min(k + 2, num_experts),
     )
@@ -341,6 +344,8 @@ def threshold(
 
 def base(dim: int, num_experts: int, *, group: Group = "sequence") -> SparseRouter:
     """Balanced assignment in training, the best expert otherwise; sigmoid weights (BASE 2021)."""
+    if find_spec("scipy") is None:
+        raise ValueError("router 'base' solves its assignment with SciPy: pip install scipy")
     return SparseRouter(
         dim,
         num_experts,
@@ -348,6 +353,7 @@ def base(dim: int, num_experts: int, *, group: Group = "sequence") -> SparseRout
     )
 
 
+_COMMON = ("score", "choice", "weight", "normalize", "capacity", "capacity_factor", "group")
 _SCORES: dict[str, type] = {
     "softmax": Softmax,
     "sigmoid": Sigmoid,
@@ -385,6 +391,7 @@ def custom(
     """Any score x choice x weight; other settings go to the score or choice that knows them."""
     check_one_of("score", score, tuple(_SCORES))
     check_one_of("choice", choice, tuple(_CHOICES))
+    check_one_of("weight", weight, SOURCES)
     if (capacity, capacity_factor, convention) != (None, None, "moefold"):
         settings["capacity"] = Capacity(
             rows=capacity, factor=capacity_factor, convention=convention
@@ -396,10 +403,12 @@ def custom(
         parts.append(part(**{name: settings[name] for name in settings if name in takes}))
     strangers = sorted(set(settings) - known)
     if strangers:
+        near = difflib.get_close_matches(strangers[0], [*known, *_COMMON], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(
             f"custom router: {score} x {choice} knows no setting "
             f"{', '.join(map(repr, strangers))}; "
-            f"it knows {', '.join(sorted(known))}."
+            f"it knows {', '.join(sorted(known))}.{hint}"
         )
     return SparseRouter(
         dim,

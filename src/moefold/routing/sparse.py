@@ -77,7 +77,7 @@ class SparseRouting:
         """
         batch, tokens, experts = chosen.shape
         by_expert = chosen.reshape(batch * tokens, experts).t()
-        if torch.compiler.is_compiling() or chosen.is_cuda:
+        if torch.compiler.is_compiling() or chosen.device.type in ("cuda", "meta"):
             size = chosen.numel() if most_rows is None else most_rows
             pairs = torch.nonzero_static(by_expert, size=size, fill_value=-1)
             real = pairs[:, 0] >= 0
