@@ -333,8 +333,7 @@ def test_the_strength_of_an_l1_penalty_finds_its_way_back(k, bound):
     # steps of 1.2 leave float32 at either end (inf, or 0 that no factor moves again).
     rule = AdaptiveL1(k=k)
     router = routers.build("relu", dim=4, num_experts=4)
-    with torch.no_grad():
-        router.weight.fill_(1.0)
+    nn.init.ones_(router.get_parameter("weight"))
     routing = router(torch.ones(1, 5, 4))
     state = rule.initial(4)
     for _ in range(600):
