@@ -55,14 +55,16 @@ SURGERY = [
     "--budget",
     "--capacity",
     "--capacity-factor",
+    "--copy-noise-std",
     "--experts",
     "--group",
     "--k",
     "--no-renormalize",
-    "--noise-std",
+    "--num-experts",
     "--renormalize",
     "--router",
     "--router-std",
+    "--set",
     "--shared-width",
     "--sites",
     "--slots",
@@ -139,7 +141,7 @@ def test_version(capsys):
 
 
 def test_upcycle_and_load_back(dense, tmp_path, capsys):
-    assert main(["upcycle", dense, "--out", "moe", "--experts", "4", "--sites", "last:2"]) == 0
+    assert main(["upcycle", dense, "--out", "moe", "--num-experts", "4", "--sites", "last:2"]) == 0
     shown = capsys.readouterr().out
     assert "BertModel (bert): 2 of 4 MLPs become 4 experts, router token-choice(renorm" in shown
     assert "+ encoder.layer.3" in shown
@@ -184,19 +186,51 @@ def test_a_folder_is_replaced_only_if_told_to(dense, capsys):
 
 
 def test_settings_of_the_router(dense, capsys):
-    words = "--router unified --budget 1.5 --alpha 0.25 --group 4 --no-renormalize --shared-width 8"
+    words = "--router unified --budget 1.5 --alpha 0.25 --group 4 --shared-width 8"
     assert main(["plan", dense, *words.split()]) == 0
     shown = capsys.readouterr().out
     assert "router unified(budget=1.5, alpha=0.25, group=4)" in shown
     assert "rows per token         1.50" in shown
     assert main(["plan", dense, "--k", "1", "--no-renormalize"]) == 0
-    assert "router token-choice(k=1)" in capsys.readouterr().out
+    assert "router token-choice(k=1, renormalize=False)" in capsys.readouterr().out
+
+
+def test_renormalize_is_passed_on_whenever_it_is_said(dense, capsys):
+    def shown(*words: str) -> str:
+        assert main(["plan", dense, *words]) == 0
+        return capsys.readouterr().out.partition("\n")[0]
+
+    biased = ("--router", "bias-balanced")
+    assert "renormalize=False" in shown(*biased, "--no-renormalize")
+    assert "renormalize=False" not in shown(*biased)
+    assert "renormalize=True" in shown(*biased, "--renormalize")
+    assert "renormalize=True" in shown()
+    assert "renormalize=True" not in shown("--router", "expert-choice")
+    assert "renormalize=True" in shown("--router", "expert-choice", "--renormalize")
+
+
+def test_any_setting_of_the_router(dense, capsys):
+    words = ["--router", "hash", "--set", "by=position"]
+    assert main(["plan", dense, *words]) == 0
+    assert "router hash(by='position'" in capsys.readouterr().out
+    assert main(["upcycle", dense, "--out", "moe", *words]) == 0
+    assert "router hash(by='position'" in capsys.readouterr().out
+    words = ["--set", "noise-std=0.5", "--set", "k=3", "--copy-noise-std", "0.25"]
+    assert main(["plan", dense, *words]) == 0
+    shown = capsys.readouterr().out
+    assert "noise_std=0.5" in shown
+    assert "rows per token         3.00" in shown
+    assert "noise of standard deviation 0.25 is added to every copy" in shown
 
 
 REFUSED = {
     "plan nowhere": "plan: no folder at 'nowhere'; give an existing local folder, the word",
     "plan dense --router expert-chioce": "unknown router 'expert-chioce'; did you mean 'expert-ch",
     "plan dense --router soft --k 2": "router 'soft' has no setting 'k'",
+    "plan dense --router unified --no-renormalize": "router 'unified' has no setting 'renormalize'",
+    "plan dense --router unified --renormalize": "router 'unified' has no setting 'renormalize'",
+    "plan dense --set k": "--set 'k': write name=value, as in --set k=2",
+    "plan dense --set kk=2": "has no setting 'kk'",
     "plan dense --k 9": "k is 9, but there are only 8 experts",
     "plan dense --sites last:9": "sites 'last:9': N must be a whole number from 1 to 4",
     "plan dense --router-std -1": "router_std is -1.0; it must be a finite number, zero or more",

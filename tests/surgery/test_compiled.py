@@ -18,7 +18,7 @@ pytestmark = [
 def test_outputs_and_gradients(tiny, batch, name):
     model = tiny(num_hidden_layers=2).train()
     moe = MoEConfig(num_experts=4, router=routers.config(name))
-    moefold.upcycle(model, UpcycleConfig(moe=moe, birth=Copies(router_std=1.0, noise_std=0.1)))
+    moefold.upcycle(model, UpcycleConfig(moe=moe, birth=Copies(router_std=1.0, copy_noise_std=0.1)))
     real = batch["attention_mask"].bool()
 
     def run(called: torch.nn.Module) -> tuple[torch.Tensor, dict]:
@@ -49,7 +49,7 @@ def test_padding_further_when_compiled(tiny, batch):
     model = tiny(num_hidden_layers=1).double()
     router = routers.config("expert-choice", capacity_factor=1.5)
     moe = MoEConfig(num_experts=4, router=router)
-    birth = Copies(router_std=1.0, noise_std=0.1)
+    birth = Copies(router_std=1.0, copy_noise_std=0.1)
     moefold.upcycle(model, UpcycleConfig(moe=moe, sites="all", birth=birth))
     real = batch["attention_mask"].bool()
     with torch.no_grad():

@@ -10,7 +10,7 @@ from tests.routers.common import untyped
 
 CONFIGS = {
     "defaults": UpcycleConfig(),
-    "names": UpcycleConfig(sites=("a.0", "a.2"), birth=Copies(router_std=0.0, noise_std=0.1)),
+    "names": UpcycleConfig(sites=("a.0", "a.2"), birth=Copies(router_std=0.0, copy_noise_std=0.1)),
     "router": UpcycleConfig(
         sites="last:2",
         moe=MoEConfig(num_experts=3, router=routers.config("expert-choice", capacity_factor=1.5)),
@@ -28,7 +28,7 @@ def test_a_list_of_names_becomes_a_tuple():
         assert UpcycleConfig(sites=["a", "b"]).sites == ("a", "b")  # pyright: ignore[reportArgumentType]
 
 
-@pytest.mark.parametrize("name", ["router_std", "noise_std"])
+@pytest.mark.parametrize("name", ["router_std", "copy_noise_std"])
 @pytest.mark.parametrize("value", [-0.5, float("nan"), float("inf"), "much"])
 def test_copies_refuse(name, value):
     with (

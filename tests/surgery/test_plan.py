@@ -159,7 +159,7 @@ BIRTHS = {
     "top-1": (moe("token-choice", k=1, renormalize=True), Copies(), "sum to 1"),
     "shared": (MoEConfig(num_experts=4, shared_width=8), Copies(), "sum to 1"),
     "not renormalised": (moe("token-choice"), Copies(), "sum to 0.5. ... 0.[5-9]., not to 1"),
-    "noise": (moe("mixtral"), Copies(noise_std=0.01), "noise of standard deviation 0.01"),
+    "noise": (moe("mixtral"), Copies(copy_noise_std=0.01), "noise of standard deviation 0.01"),
     "capacity": (
         moe("token-choice", renormalize=True, capacity_factor=0.5),
         Copies(),

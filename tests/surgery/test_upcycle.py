@@ -51,7 +51,7 @@ def test_every_expert_is_the_dense_mlp(tiny):
 def test_router_and_noise_have_the_standard_deviation_asked_for(tiny):
     model = tiny(hidden_size=64, intermediate_size=256)
     dense = model.encoder.layer[3].intermediate.dense.weight.clone()
-    birth = Copies(router_std=0.5, noise_std=0.1)
+    birth = Copies(router_std=0.5, copy_noise_std=0.1)
     moefold.upcycle(
         model, UpcycleConfig(moe=MoEConfig(num_experts=16), sites="last:1", birth=birth)
     )

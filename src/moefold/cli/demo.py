@@ -4,13 +4,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from moefold import routers
-from moefold.cli.options import Surgery, parse
-from moefold.surgery import UpcycleConfig
+from moefold.cli.options import Surgery, parse, with_settings
 from moefold.surgery.encoder import MINILM, source_folder
 
 EXAMPLE = "moefold demo --quick"
@@ -75,38 +73,6 @@ def main(arguments: Sequence[str]) -> None:
         for file in (asked.out / "runs").glob("*.json"):
             file.unlink()
     run(settings, asked.out)
-
-
-def with_settings(config: UpcycleConfig, pairs: Sequence[str]) -> UpcycleConfig:
-    """The same surgery with more settings of its router.
-
-    Args:
-        config: the surgery.
-        pairs: `name=value` each; a value that is not a number, true, false or none is text.
-
-    Raises:
-        ValueError: a pair without `=`, or a setting the router does not have.
-    """
-    given: dict[str, Any] = dict(config.moe.router.settings)
-    for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name or not text:
-            raise ValueError(f"--set {pair!r}: write name=value, as in --set k=2")
-        given[name.strip().replace("-", "_")] = _value(text.strip())
-    router = routers.config(config.moe.router.name, **given)
-    return replace(config, moe=replace(config.moe, router=router))
-
-
-def _value(text: str) -> int | float | bool | str | None:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 def _stay_offline(model: str) -> None:

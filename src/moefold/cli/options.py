@@ -1,8 +1,8 @@
 """The settings of surgery as flags, shared by `plan` and `upcycle`."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -19,10 +19,11 @@ class Surgery:
 
     Attributes:
         router: name of the router; `moefold list routers` shows all.
-        experts: number of experts in every mixture.
+        num_experts: number of experts in every mixture.
         sites: which MLPs: every-other, last:N, all, or a regular expression for their names.
         k: experts that a token takes.
-        renormalize: combine weights of a token sum to one, where the router has this setting.
+        renormalize: combine weights of a token sum to one; the router's own choice if not said,
+            but yes for token-choice, which then keeps the host's function.
         capacity: rows an expert takes from a group at most.
         capacity_factor: the same as a multiple of a fair share.
         budget: experts per token on average, for routers that spend a budget.
@@ -31,15 +32,15 @@ class Surgery:
         group: which tokens compete: sequence, batch, position, or a number of tokens.
         shared_width: width of an expert that every token passes; 0 for none.
         router_std: standard deviation of the router's first weights.
-        noise_std: standard deviation of noise added to every copied expert.
+        copy_noise_std: standard deviation of noise added to every copied expert.
         backend: how experts are computed; `moefold list backends` shows all.
     """
 
     router: str = "token-choice"
-    experts: int = 8
+    num_experts: Annotated[int, tyro.conf.arg(aliases=["--experts"])] = 8
     sites: str = "every-other"
     k: int | None = None
-    renormalize: bool = True
+    renormalize: Annotated[bool | None, tyro.conf.DisallowNone] = None  # a flag or its absence
     capacity: int | None = None
     capacity_factor: float | None = None
     budget: float | None = None
@@ -48,7 +49,7 @@ class Surgery:
     group: str | None = None
     shared_width: int = 0
     router_std: float = 0.02
-    noise_std: float = 0.0
+    copy_noise_std: float = 0.0
     backend: str = "auto"
 
     def config(self) -> UpcycleConfig:
@@ -57,21 +58,41 @@ class Surgery:
         Raises:
             ValueError: the router is unknown or has no such setting.
         """
-        named = ("k", "capacity", "capacity_factor", "budget", "alpha", "slots")
+        named = ("k", "renormalize", "capacity", "capacity_factor", "budget", "alpha", "slots")
         settings: dict[str, Any] = {name: getattr(self, name) for name in named}
         if self.group is not None:
             settings["group"] = int(self.group) if self.group.isdecimal() else self.group
         given = {name: value for name, value in settings.items() if value is not None}
-        if self.renormalize and "renormalize" in (routers.known_settings(self.router) or ()):
-            given["renormalize"] = True
+        if self.router == "token-choice":
+            given.setdefault("renormalize", True)
         moe = MoEConfig(
-            num_experts=self.experts,
+            num_experts=self.num_experts,
             router=routers.config(self.router, **given),
             shared_width=self.shared_width,
             backend=self.backend,
         )
-        birth = Copies(router_std=self.router_std, noise_std=self.noise_std)
+        birth = Copies(router_std=self.router_std, copy_noise_std=self.copy_noise_std)
         return UpcycleConfig(moe=moe, sites=self.sites, birth=birth)
+
+
+def with_settings(config: UpcycleConfig, pairs: Sequence[str]) -> UpcycleConfig:
+    """The same surgery with more settings of its router.
+
+    Args:
+        config: the surgery.
+        pairs: `name=value` each; a value that is not a number, true, false or none is text.
+
+    Raises:
+        ValueError: a pair without `=`, or a setting the router does not have.
+    """
+    given: dict[str, Any] = dict(config.moe.router.settings)
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name or not text:
+            raise ValueError(f"--set {pair!r}: write name=value, as in --set k=2")
+        given[name.strip().replace("-", "_")] = _value(text.strip())
+    router = routers.config(config.moe.router.name, **given)
+    return replace(config, moe=replace(config.moe, router=router))
 
 
 def parse(kind: type[Verb], arguments: Sequence[str], *, verb: str, example: str) -> Verb:
@@ -88,3 +109,15 @@ def parse(kind: type[Verb], arguments: Sequence[str], *, verb: str, example: str
         description=f"{what}\n\nexample:\n  $ {example}",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+
+
+def _value(text: str) -> int | float | bool | str | None:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from moefold.cli.models import open_model
-from moefold.cli.options import Surgery, parse
+from moefold.cli.options import Surgery, parse, with_settings
 from moefold.surgery import plan
 
 EXAMPLE = "moefold plan minilm --router expert-choice --sites last:2"
@@ -19,15 +19,17 @@ class Arguments:
 
     Attributes:
         model: a local folder, minilm for the packaged encoder, or a hub name owner/name.
+        set: a setting of the router, name=value; may be repeated.
         surgery: what to do to it.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     surgery: Surgery = field(default_factory=Surgery)
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the verb."""
     asked = parse(Arguments, arguments, verb="plan", example=EXAMPLE)
-    config = asked.surgery.config()
+    config = with_settings(asked.surgery.config(), asked.set)
     print(plan(open_model(asked.model).model, config))

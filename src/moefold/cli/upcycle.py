@@ -12,11 +12,11 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import nn
 
 from moefold.cli.models import open_model, outputs, relative_change
-from moefold.cli.options import Surgery, parse
+from moefold.cli.options import Surgery, parse, with_settings
 from moefold.surgery import load, save, upcycle
 from moefold.surgery.saved import MANIFEST, refuse_foreign_folder
 
-EXAMPLE = "moefold upcycle minilm --out minilm-moe --experts 4 --sites last:2"
+EXAMPLE = "moefold upcycle minilm --out minilm-moe --num-experts 4 --sites last:2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +28,7 @@ class Arguments:
         out: folder to write; moefold.load opens it.
         force: replace the folder if it holds an upcycled model.
         seed: of the router's first weights.
+        set: a setting of the router, name=value; may be repeated.
         surgery: what to do to the model.
     """
 
@@ -35,6 +36,7 @@ class Arguments:
     out: Path
     force: bool = False
     seed: int = 0
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     surgery: Surgery = field(default_factory=Surgery)
 
 
@@ -45,7 +47,7 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: the folder exists, or whatever opening, surgery and saving refuse.
     """
     asked = parse(Arguments, arguments, verb="upcycle", example=EXAMPLE)
-    config = asked.surgery.config()
+    config = with_settings(asked.surgery.config(), asked.set)
     refuse_foreign_folder(asked.out)
     if (asked.out / MANIFEST).is_file() and not asked.force:
         raise ValueError(f"{asked.out} holds an upcycled model; add --force to replace it")

@@ -69,8 +69,8 @@ def copy_into_experts(moe: MoE, mlp: DenseMLP, birth: Copies) -> None:
     }
     for name, weight in weights.items():
         _fill(experts[name], weight)
-        if birth.noise_std:
-            experts[name].add_(torch.randn_like(experts[name]), alpha=birth.noise_std)
+        if birth.copy_noise_std:
+            experts[name].add_(torch.randn_like(experts[name]), alpha=birth.copy_noise_std)
     if moe.shared is not None:
         # A shared expert is added to the copies: at birth it must add nothing.
         shared = dict(moe.shared.named_parameters())

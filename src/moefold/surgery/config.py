@@ -20,15 +20,15 @@ class Copies:
     Attributes:
         router_std: standard deviation of the router's weights; 0.02 in flaxformer's T5. Routers
             without a `weight` (soft, hash) keep their own start.
-        noise_std: standard deviation of Gaussian noise added to every copy; the paper found that
-            noise does not help and much of it hurts.
+        copy_noise_std: standard deviation of Gaussian noise added to every copy; the paper found
+            that noise does not help and much of it hurts.
     """
 
     router_std: float = 0.02
-    noise_std: float = 0.0
+    copy_noise_std: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("router_std", "noise_std"):
+        for name in ("router_std", "copy_noise_std"):
             value = getattr(self, name)
             if not (isinstance(value, int | float) and math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name} is {value!r}; it must be a finite number, zero or more")

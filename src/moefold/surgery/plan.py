@@ -296,8 +296,8 @@ def _keeps_function(moe: MoEConfig, birth: Copies, trial: Trial) -> tuple[bool, 
     low, high = trial.mass
     if trial.mixes:
         return False, "experts see mixtures of tokens"
-    if birth.noise_std:
-        return False, f"noise of standard deviation {birth.noise_std} is added to every copy"
+    if birth.copy_noise_std:
+        return False, f"noise of standard deviation {birth.copy_noise_std} is added to every copy"
     if trial.uncovered:
         return False, f"no expert takes {trial.uncovered:.1%} of random tokens"
     if trial.uncovered_alike:
