@@ -61,9 +61,9 @@ def test_aliases_have_one_name():
 
 def test_unknown_name_is_met_with_the_nearest():
     with pytest.raises(
-        ValueError, match=r"unknown activation 'swich'; did you mean 'swish'\?.*silu"
+        ValueError, match=r"unknown activation 'swishh'; did you mean 'swish'\?.*silu"
     ):
-        activations.get("swich")
+        activations.get("swishh")
     with pytest.raises(
         ValueError, match=r"unknown activation '123'; Known: gelu, .*or pass a func"
     ):

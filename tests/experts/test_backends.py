@@ -68,8 +68,8 @@ def test_a_named_backend_that_cannot_run_says_all_its_reasons():
 
 
 def test_an_unknown_backend_is_met_with_the_nearest():
-    with pytest.raises(ValueError, match="unknown backend 'gruped'; did you mean 'grouped'"):
-        choose_backend("gruped", ROWS, weights_of())
+    with pytest.raises(ValueError, match="unknown backend 'groupedd'; did you mean 'grouped'"):
+        choose_backend("groupedd", ROWS, weights_of())
 
 
 def test_when_none_can_run_all_say_why(monkeypatch):
