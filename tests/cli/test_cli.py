@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -236,6 +237,8 @@ REFUSED = {
     "plan dense --router-std -1": "router_std is -1.0; it must be a finite number, zero or more",
     "plan empty": "cannot open empty as a transformer",
     "upcycle dense --out empty/../dense": "dense is not empty and was not written by moefold",
+    "upcycle dense --out .": "is the current directory; give a folder inside it, or another one",
+    "upcycle dense --out vocab.txt/a/moe": "vocab.txt/a/moe: ",
     "upcycle dense --out moe --backend quick": "unknown backend 'quick'",
     "plna dense": "moefold: unknown verb 'plna'; did you mean 'plan'? There are: demo, doctor",
 }
@@ -261,6 +264,34 @@ def test_a_library_that_is_missing_is_named(monkeypatch, capsys):
     monkeypatch.setitem(cli.VERBS, "plan", ("moefold.no_such_module:main", ""))
     assert main(["plan"]) == 2
     assert "No module named 'moefold.no_such_module'; install what" in capsys.readouterr().err
+
+
+def test_what_the_system_refuses_is_one_line(monkeypatch, capsys):
+    errors = {
+        PermissionError(13, "Permission denied", "/root/moe"): "Permission denied: /root/moe",
+        OSError(28, "No space left on device"): "No space left on device",
+        OSError("no such thing\non the hub"): "no such thing",
+        OSError(): "OSError",
+    }
+    for error, message in errors.items():
+
+        def refuse(_: list[str], error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr("moefold.cli.doctor.main", refuse)
+        assert main(["doctor"]) == 2
+        assert capsys.readouterr().err == f"moefold doctor: {message}\n"
+
+
+def test_a_folder_that_cannot_be_written_is_refused_first(dense, monkeypatch, capsys):
+    def refuse(*_: object, **__: object) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr("moefold.cli.upcycle.open_model", lambda _: pytest.fail("was opened"))
+    assert main(["upcycle", dense, "--out", "moe"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"cannot write to moe: /.*: Permission denied; give a folder else", error)
 
 
 def test_an_interrupted_verb_says_so(monkeypatch, capsys):

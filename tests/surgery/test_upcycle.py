@@ -282,3 +282,27 @@ def test_provenance_names_the_source_without_its_path(tiny_folder):
     assert section["source"]["name"] == "dense"
     assert set(section["source"]["sha256"]) == {"model.safetensors"}
     assert str(tiny_folder.parent) not in str(section)
+
+
+def test_experts_of_a_frozen_host_are_frozen_and_the_router_is_not(tiny, batch):
+    model = tiny().requires_grad_(False)
+    model.encoder.layer[3].output.dense.bias.requires_grad_(True)
+    moefold.upcycle(model)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {
+        "encoder.layer.1.moe.router.weight",
+        "encoder.layer.3.moe.router.weight",
+        "encoder.layer.3.moe.experts.down_proj_bias",
+    }
+    model.train()(**batch)[0].sum().backward()
+    reached = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert reached == trained
+    moefold.revert(model)
+    left = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert left == ["encoder.layer.3.output.dense.bias"]
+
+
+def test_experts_of_a_trainable_host_are_trainable(tiny):
+    model = tiny()
+    moefold.upcycle(model)
+    assert all(p.requires_grad for p in model.parameters())

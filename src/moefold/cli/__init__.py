@@ -28,7 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: what stands after `moefold`; `sys.argv` if None.
 
     Returns:
-        Exit status: 0, 2 for bad input (the reason is on standard error), 130 if interrupted.
+        Exit status: 0, 2 for bad input or a system that refuses (the reason is on standard error),
+        130 if interrupted.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help"):
@@ -49,6 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(verb, f"{error}; install what this verb needs: pip install 'moefold[demo]'")
     except ValueError as error:
         return _fail(verb, str(error))
+    except OSError as error:
+        what = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+        return _fail(verb, what or str(error).partition("\n")[0] or type(error).__name__)
     except KeyboardInterrupt:
         _fail(verb, "interrupted")
         return 130

@@ -69,10 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     names = ("seeds", "examples", "max_tokens", "learning_rate")
     given = {name: getattr(asked, name) for name in names if getattr(asked, name) is not None}
     settings = replace(chosen, model=asked.model, upcycle=upcycle, **given)
-    if asked.fresh:
-        for file in (asked.out / "runs").glob("*.json"):
-            file.unlink()
-    run(settings, asked.out)
+    run(settings, asked.out, fresh=asked.fresh)
 
 
 def _stay_offline(model: str) -> None:

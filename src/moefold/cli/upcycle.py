@@ -14,7 +14,7 @@ from torch import nn
 from moefold.cli.models import open_model, outputs, relative_change
 from moefold.cli.options import Surgery, parse, with_settings
 from moefold.surgery import load, save, upcycle
-from moefold.surgery.saved import MANIFEST, refuse_foreign_folder
+from moefold.surgery.saved import MANIFEST, refuse_foreign_folder, refuse_unwritable_folder
 
 EXAMPLE = "moefold upcycle minilm --out minilm-moe --num-experts 4 --sites last:2"
 
@@ -44,11 +44,13 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the verb.
 
     Raises:
-        ValueError: the folder exists, or whatever opening, surgery and saving refuse.
+        ValueError: the folder exists or cannot be written, or whatever opening, surgery and saving
+            refuse.
     """
     asked = parse(Arguments, arguments, verb="upcycle", example=EXAMPLE)
     config = with_settings(asked.surgery.config(), asked.set)
     refuse_foreign_folder(asked.out)
+    refuse_unwritable_folder(asked.out)
     if (asked.out / MANIFEST).is_file() and not asked.force:
         raise ValueError(f"{asked.out} holds an upcycled model; add --force to replace it")
     torch.manual_seed(asked.seed)

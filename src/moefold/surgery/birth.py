@@ -59,16 +59,21 @@ def start_router(router: nn.Module, birth: Copies) -> None:
 
 @torch.no_grad()
 def copy_into_experts(moe: MoE, mlp: DenseMLP, birth: Copies) -> None:
-    """Fills every expert with the MLP's weights; no storage is shared. A missing bias is zero."""
+    """Fills every expert with the MLP's weights; no storage is shared. A missing bias is zero.
+
+    What is frozen in the MLP is frozen in its copies; a missing bias follows its weight. Router and
+    shared expert are new, and trainable whatever the host is.
+    """
     experts = dict(moe.experts.named_parameters())
     weights = {
-        "up_proj": mlp.up,
-        "up_proj_bias": mlp.up_bias,
-        "down_proj": mlp.down,
-        "down_proj_bias": mlp.down_bias,
+        "up_proj": (mlp.up, mlp.up),
+        "up_proj_bias": (mlp.up_bias, mlp.up),
+        "down_proj": (mlp.down, mlp.down),
+        "down_proj_bias": (mlp.down_bias, mlp.down),
     }
-    for name, weight in weights.items():
+    for name, (weight, matrix) in weights.items():
         _fill(experts[name], weight)
+        experts[name].requires_grad_((matrix if weight is None else weight).requires_grad)
         if birth.copy_noise_std:
             experts[name].add_(torch.randn_like(experts[name]), alpha=birth.copy_noise_std)
     if moe.shared is not None:

@@ -213,6 +213,24 @@ def refuse_foreign_folder(folder: Path) -> None:
         )
 
 
+def refuse_unwritable_folder(folder: Path) -> None:
+    """Raises if `save` could not write there; asks before hours are spent on what to save.
+
+    Raises:
+        ValueError: nothing can be made in the parent of the folder, or above it.
+    """
+    place = folder.resolve().parent
+    while not place.exists():
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(prefix=_prefix(folder), dir=place):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"cannot write to {folder}: {place}: {error.strerror}; give a folder elsewhere"
+        ) from error
+
+
 def _what_it_is(folder: Path) -> str:
     """Says what a folder without a manifest seems to be, and what opens it."""
     config = folder / "config.json"
@@ -333,4 +351,11 @@ def _recover(folder: Path) -> None:
         max(olds, key=lambda old: (old / MANIFEST).stat().st_mtime).rename(folder)
 
 
-__all__ = ["MANIFEST", "load", "read_manifest", "refuse_foreign_folder", "save"]
+__all__ = [
+    "MANIFEST",
+    "load",
+    "read_manifest",
+    "refuse_foreign_folder",
+    "refuse_unwritable_folder",
+    "save",
+]

@@ -27,7 +27,8 @@ def upcycle(model: nn.Module, config: UpcycleConfig | None = None) -> Plan:
 
     Everything that can fail happens before the model is touched. Modules keep their identity: the
     layers stay the same objects, with their hooks, and attention, norms and embeddings are not
-    copied. An optimiser made before knows the dense weights only: make it afterwards.
+    copied. An optimiser made before knows the dense weights only: make it afterwards. Experts are
+    frozen where the MLP they copy is; the router is new, and trainable in a frozen host too.
 
     Args:
         model: a dense host, for instance a BertModel or a SentenceTransformer.
