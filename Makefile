@@ -61,7 +61,7 @@ lint: $(VENV)/.dev
 	$(BIN)/codespell
 
 bench: $(VENV)/.dev
-	set -e; for file in benchmarks/*.py; do $(BIN)/python $$file; done
+	set -e; for file in benchmarks/*/*.py; do $(BIN)/python $$file; done
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache

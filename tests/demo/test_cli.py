@@ -16,7 +16,12 @@ from moefold.surgery import encoder
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Path]]:
     """What would have been run."""
     calls: list[tuple[Any, Path]] = []
-    monkeypatch.setattr("moefold.demo.run", lambda settings, out: calls.append((settings, out)))
+
+    def run(settings: Any, out: Path, *, fresh: bool) -> None:
+        assert not fresh
+        calls.append((settings, out))
+
+    monkeypatch.setattr("moefold.demo.run", run)
     monkeypatch.setattr(verb, "_stay_offline", lambda model: None)
     return calls
 

@@ -14,6 +14,7 @@ from sentence_transformers import SentenceTransformer
 import moefold
 from moefold.demo import DemoSettings, run, twins
 from moefold.demo.bars import Bars
+from moefold.demo.folder import claim, forget
 from moefold.demo.pairs import mine, split
 from tests.demo.library import write_library
 from tests.train.tiny import tiny_folder
@@ -250,7 +251,26 @@ def test_too_little_to_train_on(settings: DemoSettings, tmp_path: Path):
     with pytest.raises(
         ValueError, match=r"yields \d+ pairs to train on, fewer than one batch of 64"
     ):
-        run(small, tmp_path, console=console, library=write_library(tmp_path / "l"))
+        run(small, tmp_path / "out", console=console, library=write_library(tmp_path / "l"))
+
+
+def test_a_folder_of_somebody_else_is_left_alone(settings: DemoSettings, tmp_path: Path):
+    console = Console(file=StringIO())
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "important.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds files that no demo wrote"):
+        run(settings, tmp_path, console=console, fresh=True)
+    assert (tmp_path / "runs" / "important.json").exists()
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="file is a file; give a folder"):
         run(settings, tmp_path / "file", console=console)
+
+
+def test_fresh_forgets_finished_runs_and_nothing_else(tmp_path: Path):
+    claim(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("seed-0-moe.json", "untouched.json", "mine.json"):
+        (tmp_path / "runs" / name).write_text("{}")
+    forget(tmp_path)
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["mine.json"]
+    claim(tmp_path)  # what a demo made it may use again

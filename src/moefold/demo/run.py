@@ -21,6 +21,7 @@ from rich.console import Console
 from sentence_transformers import SentenceTransformer
 
 from moefold.demo.bars import Bars
+from moefold.demo.folder import claim, forget
 from moefold.demo.pairs import Split, mine, sample, split, standard_library
 from moefold.demo.report import write_report
 from moefold.demo.results import lines, summarise, verdicts
@@ -51,6 +52,7 @@ def run(
     *,
     console: Console | None = None,
     library: Path | None = None,
+    fresh: bool = False,
 ) -> dict[str, Any]:
     """Run the demo and write `report.html`, `results.json`, `moe/` and `runs/` into a folder.
 
@@ -61,6 +63,7 @@ def run(
         out: the folder; created if it is not there.
         console: where to print; the terminal if None.
         library: folder to mine pairs from; the standard library of this Python if None.
+        fresh: run everything again, even what an earlier call finished.
 
     Returns:
         What `results.json` holds.
@@ -72,11 +75,12 @@ def run(
     settings = settings.resolved()
     started = time.perf_counter()
     _quieten_libraries()
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file; give a folder for the demo to write into")
+    claim(out)
     with Bars(console) as bars:
         data = _mine(settings, library or standard_library(), bars)
         dense, birth, plan, flops = _birth(settings, data, bars)
+        if fresh:
+            forget(out)
         materials = Materials(
             settings=settings,
             train=data.train,

@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from moefold.moe import set_loss_scale
 from moefold.record import AbstractRouted, Record, record_routing
 from moefold.train.flops import training_flops
 
@@ -136,6 +137,8 @@ def fine_tune(
                 f"{settings.batch_size}, at most {steps * settings.batch_size}"
             )
     batches = in_batches(pairs, steps, settings.batch_size, seed=settings.seed)
+    # A step passes both texts of a pair, and a loss that rides counts once for each pass.
+    set_loss_scale(encoder, 1 / 2)
     with tempfile.TemporaryDirectory() as scratch, _record_if_routed(encoder) as record:
         progress = _progress(settings.batch_size, pauses, advance, record)
         trainer = _trainer(encoder, batches, settings, scratch, progress)
@@ -143,6 +146,7 @@ def fine_tune(
         trainer.train()
         seconds = time.perf_counter() - started - progress.paused
     encoder.eval()
+    set_loss_scale(encoder, 1.0)
     return Curve(
         examples=tuple(settings.batch_size * (i + 1) for i in range(len(progress.losses))),
         loss=tuple(progress.losses),
