@@ -144,7 +144,7 @@ def test_version(capsys):
 def test_upcycle_and_load_back(dense, tmp_path, capsys):
     assert main(["upcycle", dense, "--out", "moe", "--num-experts", "4", "--sites", "last:2"]) == 0
     shown = capsys.readouterr().out
-    assert "BertModel (bert): 2 of 4 MLPs become 4 experts, router token-choice(renorm" in shown
+    assert "BertModel (bert): 2 of 4 MLPs become 4 experts, router token-choice(k=2" in shown
     assert "+ encoder.layer.3" in shown
     change = re.search(r"change of output\s+(\S+) of its length", shown)
     # Renormalised copies: float32 rounding, relative.
@@ -213,9 +213,9 @@ def test_renormalize_is_passed_on_whenever_it_is_said(dense, capsys):
 def test_any_setting_of_the_router(dense, capsys):
     words = ["--router", "hash", "--set", "by=position"]
     assert main(["plan", dense, *words]) == 0
-    assert "router hash(by='position'" in capsys.readouterr().out
+    assert "router hash(k=1, by='position'" in capsys.readouterr().out
     assert main(["upcycle", dense, "--out", "moe", *words]) == 0
-    assert "router hash(by='position'" in capsys.readouterr().out
+    assert "router hash(k=1, by='position'" in capsys.readouterr().out
     words = ["--set", "noise-std=0.5", "--set", "k=3", "--copy-noise-std", "0.25"]
     assert main(["plan", dense, *words]) == 0
     shown = capsys.readouterr().out
@@ -239,6 +239,7 @@ REFUSED = {
     "upcycle dense --out empty/../dense": "dense is not empty and was not written by moefold",
     "upcycle dense --out .": "is the current directory; give a folder inside it, or another one",
     "upcycle dense --out vocab.txt/a/moe": "vocab.txt/a/moe: ",
+    "plan dense --backend quick": "unknown backend 'quick'",
     "upcycle dense --out moe --backend quick": "unknown backend 'quick'",
     "plna dense": "moefold: unknown verb 'plna'; did you mean 'plan'? There are: demo, doctor",
 }

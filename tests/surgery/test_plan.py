@@ -1,16 +1,19 @@
 """The plan: which sites, what it costs, what it keeps; and that planning touches nothing."""
 
 import copy
+import dataclasses
 import re
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertForMaskedLM, BertModel
 
 import moefold
 from moefold import MoEConfig, UpcycleConfig, routers
 from moefold.surgery import Copies
+from moefold.surgery.plan import spelled_out
 from tests.routers.common import untyped
 
 LAYERS = [f"encoder.layer.{i}" for i in range(4)]
@@ -216,7 +219,7 @@ def test_the_verdict_thinks_of_tokens_that_are_alike(tiny):
 def test_a_plan_reads_like_this(tiny):
     text = str(moefold.plan(tiny(), UpcycleConfig(moe=moe("mixtral"))))
     first, *sites = text.splitlines()[:5]
-    assert first == "BertModel (bert): 2 of 4 MLPs become 4 experts, router mixtral()"
+    assert first == "BertModel (bert): 2 of 4 MLPs become 4 experts, router mixtral(k=2)"
     assert sites == [
         "    encoder.layer.0  stays dense: not in 'every-other'",
         "  + encoder.layer.1  MLP 16 -> 24 -> 16 (gelu) becomes experts",
@@ -234,3 +237,96 @@ def test_a_head_on_top_keeps_its_names(tiny):
     model = BertForMaskedLM(tiny().config)
     assert moefold.plan(model).chosen == ("bert.encoder.layer.1", "bert.encoder.layer.3")
     assert not isinstance(model, BertModel)
+
+
+def test_a_mixture_is_not_a_config_of_surgery(tiny):
+    model = tiny()
+    for verb in (moefold.plan, moefold.upcycle):
+        with untyped(), pytest.raises(ValueError, match=r"is a MoEConfig; .*UpcycleConfig\(moe="):
+            verb(model, MoEConfig())  # pyright: ignore[reportArgumentType]
+        with untyped(), pytest.raises(ValueError, match=r"is a dict; it must be a moefold.Upcycle"):
+            verb(model, {"sites": "all"})  # pyright: ignore[reportArgumentType]
+    assert type(model) is BertModel
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        (routers.config("token-choice"), "token-choice(k=2)"),
+        (routers.config("token-choice", renormalize=True), "token-choice(k=2, renormalize=True)"),
+        (routers.config("token-choice", renormalize=False, k=1), "token-choice(k=1, renormalize=F"),
+        (routers.config("unified", alpha=0.0), "unified(budget=2.0, alpha=0.0)"),
+        (routers.config("hash", by="position"), "hash(k=1, by='position')"),
+        (routers.config("soft"), "soft(slots=1)"),
+    ],
+    ids=str,
+)
+def test_a_router_is_spelled_out(config, text):
+    assert spelled_out(config).startswith(text)
+
+
+def test_a_plug_in_router_is_spelled_out():
+    config = routers.config("custom", choice={"kind": "top-experts"})
+    assert spelled_out(config) == str(config)
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_operations_of_a_soft_router(tiny, slots):
+    # What torch itself counts in a mixture on one sequence of 128 tokens of width 16, against what
+    # the plan says: logits, dispatch and combine of 4 x slots rows, and the experts.
+    model, tokens = tiny(max_position_embeddings=200), 128
+    made = moefold.plan(model, UpcycleConfig(moe=moe("soft", slots=slots), sites="last:1"))
+    layer = dataclasses.replace(made.moe, backend="reference").build(16)  # torch can count it
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        layer(torch.randn(1, tokens, 16))
+    dense = 2 * 2 * 16 * 24
+    assert made.after.flops - made.before.flops == counter.get_total_flops() / tokens - dense
+
+
+NO_GRADIENT = "the router gets no gradient from the task"
+
+
+@pytest.mark.parametrize(
+    ("config", "learns"),
+    [
+        (moe("token-choice", k=1, renormalize=True), False),
+        (MoEConfig(num_experts=1, router=routers.config("token-choice", k=1)), False),
+        (moe("token-choice", k=1), True),
+        (moe("token-choice", k=2, renormalize=True), True),
+        (moe("expert-choice"), True),
+        (moe("soft"), True),
+        (moe("cosine"), True),
+        (moe("bias-balanced"), True),
+        (moe("hash", by="position"), True),  # it has nothing to learn
+    ],
+    ids=lambda value: str(value.router) if isinstance(value, MoEConfig) else "",
+)
+def test_a_router_that_the_task_cannot_teach(tiny, batch, config, learns):
+    model = tiny().double()
+    made = moefold.upcycle(model, UpcycleConfig(moe=config, sites="last:1"))
+    assert made.trial.learns == learns
+    assert (NO_GRADIENT in str(made)) == (not learns)
+    # And it is so: without losses that ride along, experts apart, the task's gradient.
+    layer = model.encoder.layer[3].moe
+    layer.losses = {}
+    with torch.no_grad():
+        layer.experts.down_proj.add_(torch.randn_like(layer.experts.down_proj))
+    parameters = list(layer.router.parameters())
+    if parameters:
+        output = model(**batch)[0]
+        (output * torch.randn_like(output)).sum().backward()
+        strongest = max(p.grad.abs().max() for p in parameters if p.grad is not None)
+        # float64 and outputs of about 1: rounding, or something one can see.
+        assert (strongest > 1e-6) == learns
+        assert (strongest < 1e-12) == (not learns)
+
+
+def test_few_slots_are_told(tiny):
+    few, enough = (
+        str(moefold.plan(tiny(), UpcycleConfig(moe=moe("soft", slots=slots)))) for slots in (8, 32)
+    )
+    assert "slots                  fewer rows than tokens: 128 tokens share 32; more slots" in few
+    assert "fewer rows" not in enough
+    assert "fewer rows" not in str(
+        moefold.plan(tiny(), UpcycleConfig(moe=moe("expert-choice", capacity_factor=0.5)))
+    )

@@ -7,13 +7,16 @@ Shapes: a router is tried on random tokens, `batch tokens dim`.
 """
 
 import difflib
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
+from moefold import routers
 from moefold.moe import MoE, MoEConfig
 from moefold.routing import Routing, SparseRouting
 from moefold.surgery.birth import fitted, start_router
@@ -60,6 +63,8 @@ class Trial:
         uncovered_alike: the same where all tokens are alike, the worst case for routers by which
             tokens compete.
         mixes: whether experts see mixtures of tokens instead of tokens.
+        learns: whether what the experts compute depends on the router's parameters smoothly, so
+            that the task's loss has a gradient for them; True for a router without parameters.
         reach: how far the router looks.
         causal: whether no later token of a sequence changes an earlier one.
     """
@@ -69,6 +74,7 @@ class Trial:
     uncovered: float
     uncovered_alike: float
     mixes: bool
+    learns: bool
     reach: str
     causal: bool
 
@@ -119,16 +125,47 @@ class Plan:
         return "\n".join(
             [
                 f"{self.model} ({self.host}): {len(self.chosen)} of {len(self.sites)} MLPs become "
-                f"{self.moe.num_experts} experts, router {self.moe.router}",
+                f"{self.moe.num_experts} experts, router {spelled_out(self.moe.router)}",
                 *sites,
                 _line("parameters", float(self.before.parameters), float(self.after.parameters)),
                 _line("active per token", self.before.active, self.after.active),
                 _line(f"FLOPs per token ({tokens})", self.before.flops, self.after.flops),
                 f"  {'rows per token':<22} {self.trial.rows:.2f}",
+                *self._warnings(),
                 f"  {'router looks at':<22} the {self.trial.reach}, {sight}",
                 f"  {'at birth':<22} {kept}: {self.why}",
             ]
         )
+
+    def _warnings(self) -> list[str]:
+        lines = []
+        if self.trial.mixes and self.trial.rows < 1:
+            lines.append(
+                f"  {'slots':<22} fewer rows than tokens: {TRIAL[1]} tokens share "
+                f"{self.trial.rows * TRIAL[1]:.0f}; more slots make more"
+            )
+        if not self.trial.learns:
+            lines.append(
+                f"  {'training':<22} the router gets no gradient from the task: no combine weight "
+                f"depends on it (one expert, renormalised: always 1)"
+            )
+        return lines
+
+
+def spelled_out(router: routers.RouterConfig) -> str:
+    """A router with its settings, in the order of its signature, defaults that do something too.
+
+    Those are numbers other than zero, and True: `token-choice(k=2)`.
+    """
+    parameters = inspect.signature(routers.routers.get(router.name)).parameters
+    shown = {}
+    for name, parameter in parameters.items():
+        default = parameter.default
+        if name in router.settings:
+            shown[name] = router.settings[name]
+        elif isinstance(default, bool | int | float) and default:
+            shown[name] = default
+    return str(routers.RouterConfig(router.name, {**shown, **router.settings}))
 
 
 def plan(model: nn.Module, config: UpcycleConfig | None = None) -> Plan:
@@ -139,15 +176,21 @@ def plan(model: nn.Module, config: UpcycleConfig | None = None) -> Plan:
         config: what to do; the defaults of `UpcycleConfig` if None.
 
     Raises:
-        ValueError: no host for the model; it is upcycled already; the sites asked for are not there
-            or cannot be taken; the mixture does not fit them; the router looks at later tokens and
-            the host must not.
+        ValueError: the config is not an `UpcycleConfig`; no host for the model; it is upcycled
+            already; the sites asked for are not there or cannot be taken; the mixture does not fit
+            them; the router looks at later tokens and the host must not.
     """
     return draft(model, config or UpcycleConfig())[0]
 
 
 def draft(model: nn.Module, config: UpcycleConfig) -> tuple[Plan, AbstractHost, list[Site]]:
     """The plan, with the adapter and the sites it would need to be carried out."""
+    if not isinstance(config, UpcycleConfig):
+        hint = "moefold.UpcycleConfig(moe=...) holds it" if isinstance(config, MoEConfig) else ""
+        raise ValueError(
+            f"the config is a {type(config).__name__}; it must be a moefold.UpcycleConfig"
+            f"{'; ' if hint else ''}{hint}"
+        )
     host = find_host(model)
     refuse_second_surgery(model)
     sites = host.sites(model)
@@ -271,6 +314,7 @@ def try_router(moe: MoEConfig, site: Site, birth: Copies) -> Trial:
         x = torch.randn(*TRIAL, site.dim)  # a LayerNorm before the MLP makes about such tokens
         routing = router.eval()(x)
         alike = router(x[:, :1].expand_as(x))
+        learns = _learns(router, x)
     sparse = isinstance(routing, SparseRouting)
     weights = routing.weights if sparse else routing.combine_weight.flatten(2)
     mass = weights.sum(-1)
@@ -280,9 +324,32 @@ def try_router(moe: MoEConfig, site: Site, birth: Copies) -> Trial:
         uncovered=_uncovered(routing),
         uncovered_alike=_uncovered(alike),
         mixes=not sparse,
+        learns=learns,
         reach=router.reach,
         causal=router.is_causal,
     )
+
+
+@torch.enable_grad()
+def _learns(router: nn.Module, x: Float[Tensor, "batch tokens dim"]) -> bool:
+    """Whether weights that are pulled at random pull the router's parameters."""
+    parameters = list(router.parameters())
+    if not parameters:
+        return True
+    routing = router(x)
+    if isinstance(routing, SparseRouting):
+        weights = [routing.weights]
+    else:
+        weights = [routing.combine_weight, routing.dispatch_weight]
+    pulls = [weight * torch.randn_like(weight) for weight in weights]
+    total = torch.stack([pull.sum() for pull in pulls]).sum()
+    if not total.requires_grad:
+        return False
+    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    strongest = max(0.0 if g is None else float(g.abs().max()) for g in gradients)
+    # Of a weight that is always one, rounding leaves about 1e-7 for each token, of random sign; of
+    # one that is not, the softmax of logits near zero leaves 1 / experts of the pull.
+    return strongest > 1e-3 / routing.num_experts
 
 
 def _uncovered(routing: Routing) -> float:
@@ -315,7 +382,11 @@ def _cost_before(host: AbstractHost, model: nn.Module) -> Cost:
 
 
 def _cost_after(before: Cost, taken: Sequence[Site], moe: MoEConfig, trial: Trial) -> Cost:
-    """Every expert costs what the MLP did; the router is `dim x experts`."""
+    """Every expert costs what the MLP did; a router what its matrices do.
+
+    The logits of a soft router are one product of every token with every slot, and dispatch and
+    combine are two more of the same size (Puigcerver et al. 2024, section 2.1).
+    """
     parameters, active, flops = before.parameters, before.active, before.flops
     for site in taken:
         assert site.mlp is not None
@@ -326,7 +397,8 @@ def _cost_after(before: Cost, taken: Sequence[Site], moe: MoEConfig, trial: Tria
         parameters += sizes[1] - site.mlp.num_parameters
         active += trial.rows * expert + rest - site.mlp.num_parameters
         mlp = 4 * site.dim * site.width
-        flops += (trial.rows - 1) * mlp + 2 * site.dim * moe.num_experts
+        router = sum(2 * p.numel() for p in built.router.parameters() if p.ndim > 1)
+        flops += (trial.rows - 1) * mlp + (3 if trial.mixes else 1) * router
         flops += 4 * site.dim * moe.shared_width
     return Cost(parameters=parameters, active=active, flops=flops)
 
