@@ -235,6 +235,7 @@ REFUSED = {
     "plan dense --k 9": "k is 9, but there are only 8 experts",
     "plan dense --sites last:9": "sites 'last:9': N must be a whole number from 1 to 4",
     "plan dense --router-std -1": "router_std is -1.0; it must be a finite number, zero or more",
+    "plan pickled": "pytorch_model.bin is a pickle, which is never opened, and no safetensors",
     "plan empty": "cannot open empty as a transformer",
     "upcycle dense --out empty/../dense": "dense is not empty and was not written by moefold",
     "upcycle dense --out .": "is the current directory; give a folder inside it, or another one",
@@ -248,6 +249,9 @@ REFUSED = {
 @pytest.mark.parametrize("line", REFUSED)
 def test_bad_input_is_explained_without_a_trace(line, dense, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "pickled").mkdir()
+    (tmp_path / "pickled" / "config.json").write_text('{"model_type": "bert"}')
+    (tmp_path / "pickled" / "pytorch_model.bin").touch()
     assert main(line.split()) == 2
     error = capsys.readouterr().err
     assert REFUSED[line] in error

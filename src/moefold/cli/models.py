@@ -11,7 +11,7 @@ from jaxtyping import Float
 from sentence_transformers import SentenceTransformer
 from torch import Tensor, nn
 
-from moefold.surgery.encoder import pretrained_encoder, source_folder
+from moefold.surgery.encoder import pretrained_encoder, refuse_pickles, source_folder
 from moefold.surgery.saved import MANIFEST
 
 SENTENCES = (
@@ -50,6 +50,7 @@ def open_model(source: str) -> Opened:
 
 
 def _open_transformer(folder: Path) -> Opened:
+    refuse_pickles(folder)
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = (config.get("architectures") or ["AutoModel"])[0]
