@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from _pytest.mark import ParameterSet
 
+import moefold
 from moefold import routers
+from moefold.surgery import pretrained_encoder
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -44,3 +46,12 @@ def test_links_between_pages_lead_somewhere() -> None:
         for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_plan_in_the_readme_is_the_one_that_is_printed() -> None:
+    pytest.importorskip("sentence_transformers")
+    shown = re.search(r"```text\n(.*?)```", PAGES[0].read_text(encoding="utf-8"), re.DOTALL)
+    assert PAGES[0].name == "README.md"
+    assert shown is not None
+    plan = moefold.plan(pretrained_encoder("minilm"), moefold.UpcycleConfig())
+    assert str(plan).strip() == shown.group(1).strip()

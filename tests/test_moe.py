@@ -358,7 +358,7 @@ def test_parts_put_together_by_hand():
     ("settings", "message"),
     [
         ({"activation": "gleu"}, "gleu"),
-        ({"backend": "groupd"}, "grouped"),
+        ({"backend": "grouper"}, "grouped"),
         ({"losses": {"balance": -1.0}}, "coefficient of loss 'balance' is -1.0"),
         ({"losses": {"balance": float("nan")}}, "coefficient of loss 'balance' is nan"),
     ],

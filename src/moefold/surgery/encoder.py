@@ -166,7 +166,7 @@ def _fetched(name: str) -> Path:
     """
     import huggingface_hub
 
-    others = (".h5", ".msgpack", ".onnx", ".ot", ".tflite", ".gguf")
+    others = (".h5", ".msgpack", ".onnx", ".tflite", ".gguf")
     try:
         folder = huggingface_hub.snapshot_download(
             name,
