@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from moefold import losses, metrics, routers, routing
+from moefold.auto_classes import register_when_possible
 from moefold.experts import Experts
 from moefold.moe import MoE, MoEConfig, name_sites, set_loss_scale
 from moefold.record import Record, record_routing
@@ -21,8 +22,11 @@ if TYPE_CHECKING:
     from moefold import testing
     from moefold.surgery import (
         Copies,
+        Form,
         Plan,
+        Receipt,
         UpcycleConfig,
+        describe_layer,
         load,
         plan,
         revert,
@@ -30,11 +34,16 @@ if TYPE_CHECKING:
         upcycle,
     )
 
+register_when_possible()
+
 # Reached when first asked for: surgery and testing know other people's models.
 _LATER = {
     "Copies": "moefold.surgery",
+    "Form": "moefold.surgery",
     "Plan": "moefold.surgery",
+    "Receipt": "moefold.surgery",
     "UpcycleConfig": "moefold.surgery",
+    "describe_layer": "moefold.surgery",
     "load": "moefold.surgery",
     "plan": "moefold.surgery",
     "revert": "moefold.surgery",
@@ -58,11 +67,14 @@ def __dir__() -> list[str]:
 __all__ = [
     "Copies",
     "Experts",
+    "Form",
     "MoE",
     "MoEConfig",
     "Plan",
+    "Receipt",
     "Record",
     "UpcycleConfig",
+    "describe_layer",
     "load",
     "losses",
     "metrics",

@@ -14,7 +14,7 @@ import moefold
 from moefold import cli
 from moefold.cli import main
 from moefold.surgery.encoder import MINILM_PACKAGE
-from moefold.surgery.hosts.bert import BertMoELayer
+from moefold.surgery.hosts.layer import is_moe_layer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "rain", "token", "."]
 
@@ -153,7 +153,7 @@ def test_upcycle_and_load_back(dense, tmp_path, capsys):
     assert "read back, every weight is the same" in shown
     loaded = moefold.load("moe")
     assert isinstance(loaded, BertModel)
-    kinds = [isinstance(layer, BertMoELayer) for layer in loaded.encoder.layer]
+    kinds = [is_moe_layer(layer) for layer in loaded.encoder.layer]
     assert kinds == [False, False, True, True]
     tokenizer = AutoTokenizer.from_pretrained("moe")
     with torch.no_grad():
@@ -314,13 +314,15 @@ def test_list_shows_what_is_registered(capsys):
     for kind, names in {
         "routers": moefold.routers.names(),
         "backends": ["reference", "grouped"],
-        "hosts": ["bert", "sentence-transformer"],
+        "hosts": ["transformers", "sentence-transformer"],
+        "layers": ["bert", "llama", "t5-gated", "timm-vit"],
+        "births": ["copies"],
         "losses": ["balance", "z"],
     }.items():
         assert f"{kind}\n" in shown
         assert all(f"  {name} " in shown for name in names)
     assert main(["list", "hosts"]) == 0
-    assert capsys.readouterr().out.startswith("hosts\n  bert ")
+    assert capsys.readouterr().out.startswith("hosts\n  sentence-transformer ")
     with pytest.raises(SystemExit) as stop:
         main(["list", "cats"])
     assert stop.value.code == 2

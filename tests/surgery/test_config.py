@@ -50,5 +50,5 @@ def test_unknown_settings_are_named():
         UpcycleConfig.from_dict(data)
     with pytest.raises(ValueError, match=r"Copies has no setting \['std'\]; it has router_std,"):
         Copies.from_dict({"kind": "copies", "std": 1.0})
-    with pytest.raises(ValueError, match="unknown birth 'split'; the one there is: 'copies'"):
+    with pytest.raises(ValueError, match="birth of kind 'split', not 'copies'"):
         Copies.from_dict({"kind": "split"})

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 import moefold
 from moefold import MoEConfig, UpcycleConfig, routers
 from moefold.surgery import Copies
-from moefold.surgery.hosts import bert
-from moefold.surgery.hosts.bert import real_tokens
+from moefold.surgery.hosts import layer as moe_layers
+from moefold.surgery.hosts.masks import real_tokens
 from tests.routers.common import untyped
 
 HIDDEN = torch.zeros(2, 3, 8)
@@ -129,7 +129,7 @@ def test_padding_further_changes_no_real_token(tiny, batch, name, attention):
 @pytest.mark.parametrize("name", [n for n in ROUTERS if n != "token-choice"])
 def test_without_the_mask_padding_would_matter(tiny, batch, name, monkeypatch):
     # The test above can fail: the same with the mask withheld.
-    monkeypatch.setattr(bert, "real_tokens", lambda *_: None)
+    monkeypatch.setattr(moe_layers, "real_tokens", lambda *_: None)
     model = tiny().double()
     moefold.upcycle(model, config(name))
     spread_experts(model)

@@ -29,10 +29,10 @@ from transformers import (
 )
 
 import moefold
-from moefold import MoEConfig, UpcycleConfig, routers
+from moefold import MoE, MoEConfig, UpcycleConfig, routers
 from moefold.surgery import saved
-from moefold.surgery.hosts import bert
-from moefold.surgery.hosts.bert import BertMoELayer, MoefoldBertForMaskedLM, MoefoldBertModel
+from moefold.surgery.hosts import auto
+from moefold.surgery.hosts.layer import is_moe_layer
 
 
 def upcycled(model: nn.Module, router: str = "token-choice", **settings: object) -> nn.Module:
@@ -58,12 +58,15 @@ def test_every_bit_comes_back(tiny, batch, tmp_path, router, dtype):
             buffer.uniform_()  # as training would leave it; float32 bits that bfloat16 has not
     moefold.save(model, tmp_path / "moe")
     loaded = moefold.load(tmp_path / "moe")
-    assert isinstance(loaded, MoefoldBertModel)
+    assert isinstance(loaded, BertModel)
+    assert type(loaded) is auto.MoefoldBertModel
     assert not loaded.training
     assert_same_weights(model, loaded)
     layer = loaded.encoder.layer[3]
-    assert isinstance(layer, BertMoELayer)
-    assert layer.moe.site == "encoder.layer.3"
+    assert is_moe_layer(layer)
+    moe = layer.get_submodule("moe")
+    assert isinstance(moe, MoE)
+    assert moe.site == "encoder.layer.3"
     with torch.no_grad():
         # The same weights at other addresses: a kernel may add in another order, no more.
         change = (model(**batch)[0] - loaded(**batch)[0]).abs().max()
@@ -97,7 +100,7 @@ def test_the_folder_is_json_and_safetensors(tiny, tmp_path):
     assert names == {"config.json", "model.safetensors", "moefold.json"}
     manifest = json.loads((tmp_path / "moe" / "moefold.json").read_text())
     assert manifest["schema"] == 1
-    assert manifest["host"] == "bert"
+    assert manifest["host"] == "transformers"
     assert manifest["sites"] == ["encoder.layer.1", "encoder.layer.3"]
     config = UpcycleConfig.from_dict(manifest["upcycle"])
     assert config.moe.num_experts == 4
@@ -108,7 +111,7 @@ def test_transformers_opens_the_folder(tiny, tmp_path):
     model = upcycled(tiny())
     moefold.save(model, tmp_path / "moe")
     opened = AutoModel.from_pretrained(tmp_path / "moe")
-    assert isinstance(opened, MoefoldBertModel)
+    assert isinstance(opened, auto.MoefoldBertModel)
     assert_same_weights(model, opened)
 
 
@@ -116,7 +119,7 @@ def test_a_body_can_be_taken_out_of_a_head(tiny, tmp_path):
     model = upcycled(BertForMaskedLM(tiny().config).eval())
     moefold.save(model, tmp_path / "moe")
     assert isinstance(
-        AutoModelForMaskedLM.from_pretrained(tmp_path / "moe"), MoefoldBertForMaskedLM
+        AutoModelForMaskedLM.from_pretrained(tmp_path / "moe"), auto.MoefoldBertForMaskedLM
     )
     body = AutoModel.from_pretrained(tmp_path / "moe", add_pooling_layer=False)
     assert_same_weights(model.get_submodule("bert"), body)
@@ -216,7 +219,7 @@ def test_a_loaded_model_has_nothing_to_revert_to(tiny_folder, tmp_path):
 
 def test_a_config_without_its_entry_describes_nothing():
     with pytest.raises(ValueError, match="MoefoldBertConfig without its `moefold` entry"):
-        MoefoldBertModel(bert.MoefoldBertConfig(num_hidden_layers=1, hidden_size=12))
+        auto.MoefoldBertModel(auto.MoefoldBertConfig(num_hidden_layers=1, hidden_size=12))
 
 
 # Damage. Each of these spoils a good folder in one way.
@@ -344,7 +347,7 @@ DAMAGE = {
     garble_manifest: r"moefold.json is not a manifest of moefold \(JSONDecodeError",
     from_the_future: r"has schema 2, written by moefold 9.0; .* reads up to 1: upgrade moefold",
     other_sites: r"lists the sites \['encoder.layer.0'\], config.json \['encoder.layer.1', 'enc",
-    unknown_host: "unknown host 'brat'; did you mean 'bert'",
+    unknown_host: "unknown host 'brat'; Registered: plain, sentence-transformer",
     files_as_a_list: r"moefold.json: 'files' is \[\], it must be a mapping from file names to has",
     hash_as_a_number: "'files' is .* it must be a mapping",
     host_as_a_number: "'host' is 3, it must be a name; save the model again",
@@ -356,7 +359,7 @@ DAMAGE = {
     lose_a_tensor: r"not those of the model .*missing_keys.*encoder.layer.1.moe.router.weight",
     shrink_a_tensor: r"encoder.layer.1.moe.router.weight",
     truncate_and_rehash: "cannot open .*incomplete metadata|cannot open",
-    become_dense: r"config.json describes a BertModel of type 'bert'; it must be one of",
+    become_dense: r"describes a PreTrainedModel of type 'bert'; it must be a model of",
 }
 
 

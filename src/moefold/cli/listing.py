@@ -10,11 +10,12 @@ from moefold import routers
 from moefold.cli.options import parse
 from moefold.experts import backends
 from moefold.losses import losses
-from moefold.surgery.hosts import HOSTS
+from moefold.surgery.births import BIRTHS
+from moefold.surgery.hosts import FORMS, HOSTS
 
 EXAMPLE = "moefold list routers"
 
-Kind = Literal["all", "routers", "backends", "hosts", "losses"]
+Kind = Literal["all", "routers", "backends", "hosts", "layers", "births", "losses"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ def main(arguments: Sequence[str]) -> None:
         "routers": routers.names(),
         "backends": backends.describe(),
         "hosts": HOSTS.describe(),
+        "layers": FORMS.describe(),
+        "births": BIRTHS.describe(),
         "losses": losses.describe(),
     }
     for kind, described in members.items():

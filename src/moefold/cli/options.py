@@ -8,7 +8,7 @@ import tyro
 
 from moefold import routers
 from moefold.moe import MoEConfig
-from moefold.surgery.config import Copies, UpcycleConfig
+from moefold.surgery import Copies, UpcycleConfig
 
 Verb = TypeVar("Verb")
 

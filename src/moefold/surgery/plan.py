@@ -1,40 +1,61 @@
 """What surgery would do, before anything is touched.
 
 A plan says which sites are taken and which passed over and why, what the model costs before and
-after, whether it computes the same function at birth, and how far its router looks.
-
-Shapes: a router is tried on random tokens, `batch tokens dim`.
+after, whether it computes the same function at birth, and how far its routers look.
 """
 
-import difflib
+import dataclasses
 import inspect
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
+from torch import nn
 
 from moefold import routers
 from moefold.moe import MoE, MoEConfig
-from moefold.routing import Routing, SparseRouting
-from moefold.surgery.birth import fitted, start_router
-from moefold.surgery.config import Copies, UpcycleConfig
+from moefold.surgery.config import UpcycleConfig
 from moefold.surgery.hosts import AbstractHost, Site, find_host
-
-SPECS = ("every-other", "last:N", "all")
-TRIAL = (4, 128)
-"""Sequences and tokens of the input a router is tried on; costs per token are for this length."""
+from moefold.surgery.hosts.forms import name_of
+from moefold.surgery.receipt import Receipt
+from moefold.surgery.sites import choose_sites, matches
+from moefold.surgery.trial import TRIAL, Trial, try_router
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedSite:
-    """A site and what is to become of it."""
+    """A site and what is to become of it.
+
+    Attributes:
+        name: of the layer.
+        chosen: whether it is taken.
+        reason: why it is, or is not.
+        mixture: what goes there, None if it is not taken.
+    """
 
     name: str
     chosen: bool
     reason: str
+    mixture: "PlannedMixture | None" = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedMixture:
+    """A mixture that is to go to one or more sites.
+
+    Attributes:
+        moe: its config, the site's geometry in it.
+        trial: how its router routes random tokens at birth.
+        kept: whether it computes the function of the dense MLP at birth.
+        why: the reason for that.
+        causal: whether the site must not see later tokens.
+    """
+
+    moe: MoEConfig
+    trial: Trial
+    kept: bool
+    why: str
+    causal: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,38 +66,16 @@ class Cost:
         parameters: all of them.
         active: those that one token meets, on average, with rows counted as they fall at birth.
         flops: floating-point operations per token, forward, two for each multiply-add.
+        weight_bytes: memory of the weights.
+        training_bytes: memory of weights, gradients and the two moments of AdamW, all in the dtype
+            of the weights; activations come on top.
     """
 
     parameters: int
     active: float
     flops: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Trial:
-    """How a router at birth routes random tokens.
-
-    Attributes:
-        rows: rows that experts compute, for each token.
-        mass: smallest and largest sum of a token's combine weights.
-        uncovered: share of tokens that no expert takes.
-        uncovered_alike: the same where all tokens are alike, the worst case for routers by which
-            tokens compete.
-        mixes: whether experts see mixtures of tokens instead of tokens.
-        learns: whether what the experts compute depends on the router's parameters smoothly, so
-            that the task's loss has a gradient for them; True for a router without parameters.
-        reach: how far the router looks.
-        causal: whether no later token of a sequence changes an earlier one.
-    """
-
-    rows: float
-    mass: tuple[float, float]
-    uncovered: float
-    uncovered_alike: float
-    mixes: bool
-    learns: bool
-    reach: str
-    causal: bool
+    weight_bytes: int
+    training_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,32 +84,46 @@ class Plan:
 
     Attributes:
         model: class of the model.
-        host: name of its host.
+        layers: what its layers are, by the names of their forms.
         config: what was asked for.
         sites: all sites in order, chosen or not.
-        moe: the mixture that goes into every chosen site.
         before: cost of the dense model.
         after: cost of the upcycled one.
-        trial: how the router routes random tokens at birth.
-        kept_at_birth: whether the upcycled model computes the function of the dense one.
-        why: the reason for that.
+        dtype: of the weights that memory is counted in.
+        receipt: what was measured after surgery; None for a plan not carried out.
+        unmeasured: why there is no receipt of a surgery that was.
     """
 
     model: str
-    host: str
+    layers: tuple[str, ...]
     config: UpcycleConfig
     sites: tuple[PlannedSite, ...]
-    moe: MoEConfig
     before: Cost
     after: Cost
-    trial: Trial
-    kept_at_birth: bool
-    why: str
+    dtype: torch.dtype
+    receipt: Receipt | None = None
+    unmeasured: str = ""
 
     @property
     def chosen(self) -> tuple[str, ...]:
         """Names of the sites that are taken."""
         return tuple(site.name for site in self.sites if site.chosen)
+
+    @property
+    def mixtures(self) -> dict[str, PlannedMixture]:
+        """What goes to each site that is taken."""
+        return {site.name: site.mixture for site in self.sites if site.mixture is not None}
+
+    @property
+    def kept_at_birth(self) -> bool:
+        """Whether the upcycled model computes the function of the dense one."""
+        return all(mixture.kept for mixture in self.mixtures.values())
+
+    @property
+    def why(self) -> str:
+        """The reason for that: of the first mixture that is another function, if one is."""
+        mixtures = list(self.mixtures.values())
+        return next((m for m in mixtures if not m.kept), mixtures[0]).why
 
     def __str__(self) -> str:
         """The plan as lines of text."""
@@ -120,36 +133,59 @@ class Plan:
             for site in self.sites
         ]
         kept = "the same function" if self.kept_at_birth else "another function"
-        sight = "no later token" if self.trial.causal else "later tokens too (not for decoders)"
-        tokens = TRIAL[1]
-        return "\n".join(
-            [
-                f"{self.model} ({self.host}): {len(self.chosen)} of {len(self.sites)} MLPs become "
-                f"{self.moe.num_experts} experts, router {spelled_out(self.moe.router)}",
-                *sites,
-                _line("parameters", float(self.before.parameters), float(self.after.parameters)),
-                _line("active per token", self.before.active, self.after.active),
-                _line(f"FLOPs per token ({tokens})", self.before.flops, self.after.flops),
-                f"  {'rows per token':<22} {self.trial.rows:.2f}",
-                *self._warnings(),
-                f"  {'router looks at':<22} the {self.trial.reach}, {sight}",
-                f"  {'at birth':<22} {kept}: {self.why}",
-            ]
-        )
+        before, after = self.before, self.after
+        memory = str(self.dtype).removeprefix("torch.")
+        lines = [
+            f"{self.model} ({', '.join(self.layers)}): {len(self.chosen)} of {len(self.sites)} "
+            f"MLPs become {self._what()}",
+            *sites,
+            _line("parameters", float(before.parameters), float(after.parameters)),
+            _line("active per token", before.active, after.active),
+            _line(f"FLOPs per token ({TRIAL[1]})", before.flops, after.flops),
+            _line(f"weights, {memory}", before.weight_bytes, after.weight_bytes, "B"),
+            _line("training with AdamW", before.training_bytes, after.training_bytes, "B"),
+        ]
+        for mixture in self._distinct():
+            lines += self._about(mixture)
+        lines.append(f"  {'at birth':<22} {kept}: {self.why}")
+        if self.receipt is not None:
+            lines += str(self.receipt).splitlines()
+        elif self.unmeasured:
+            lines.append(f"  {'not measured':<22} {self.unmeasured}")
+        return "\n".join(lines)
 
-    def _warnings(self) -> list[str]:
-        lines = []
-        if self.trial.mixes and self.trial.rows < 1:
+    def _distinct(self) -> list[PlannedMixture]:
+        """The mixtures whose routers differ, in settings or in what they may see."""
+        found: dict[tuple[str, bool], PlannedMixture] = {}
+        for mixture in self.mixtures.values():
+            found.setdefault((spelled_out(mixture.moe.router), mixture.causal), mixture)
+        return list(found.values())
+
+    def _what(self) -> str:
+        each = [
+            f"{m.moe.num_experts} experts, router {spelled_out(m.moe.router)}"
+            for m in self._distinct()
+        ]
+        return " or ".join(dict.fromkeys(each))
+
+    def _about(self, mixture: PlannedMixture) -> list[str]:
+        trial = mixture.trial
+        sight = "no later token" if trial.causal else "later tokens too (not for decoders)"
+        of = f", {mixture.moe.router.name}" if len(self._distinct()) > 1 else ""
+        if of and mixture.causal:
+            of += " (causal)"
+        lines = [f"  {'rows per token':<22} {trial.rows:.2f}{of}"]
+        if trial.mixes and trial.rows < 1:
             lines.append(
                 f"  {'slots':<22} fewer rows than tokens: {TRIAL[1]} tokens share "
-                f"{self.trial.rows * TRIAL[1]:.0f}; more slots make more"
+                f"{trial.rows * TRIAL[1]:.0f}; more slots make more"
             )
-        if not self.trial.learns:
+        if not trial.learns:
             lines.append(
                 f"  {'training':<22} the router gets no gradient from the task: no combine weight "
                 f"depends on it (one expert, renormalised: always 1)"
             )
-        return lines
+        return [*lines, f"  {'router looks at':<22} the {trial.reach}, {sight}{of}"]
 
 
 def spelled_out(router: routers.RouterConfig) -> str:
@@ -168,22 +204,27 @@ def spelled_out(router: routers.RouterConfig) -> str:
     return str(routers.RouterConfig(router.name, {**shown, **router.settings}))
 
 
-def plan(model: nn.Module, config: UpcycleConfig | None = None) -> Plan:
+def plan(
+    model: nn.Module, config: UpcycleConfig | None = None, *, dtype: torch.dtype | None = None
+) -> Plan:
     """Says what `upcycle` would do to the model, and does nothing.
 
     Args:
-        model: a dense host, for instance a BertModel or a SentenceTransformer.
+        model: a dense host, for instance a BertModel, a LlamaForCausalLM or a SentenceTransformer.
         config: what to do; the defaults of `UpcycleConfig` if None.
+        dtype: what memory is counted in; that of the model's weights if None.
 
     Raises:
         ValueError: the config is not an `UpcycleConfig`; no host for the model; it is upcycled
             already; the sites asked for are not there or cannot be taken; the mixture does not fit
-            them; the router looks at later tokens and the host must not.
+            them; a router looks at later tokens where the host must not.
     """
-    return draft(model, config or UpcycleConfig())[0]
+    return draft(model, config or UpcycleConfig(), dtype)[0]
 
 
-def draft(model: nn.Module, config: UpcycleConfig) -> tuple[Plan, AbstractHost, list[Site]]:
+def draft(
+    model: nn.Module, config: UpcycleConfig, dtype: torch.dtype | None = None
+) -> tuple[Plan, AbstractHost, list[Site]]:
     """The plan, with the adapter and the sites it would need to be carried out."""
     if not isinstance(config, UpcycleConfig):
         hint = "moefold.UpcycleConfig(moe=...) holds it" if isinstance(config, MoEConfig) else ""
@@ -198,23 +239,17 @@ def draft(model: nn.Module, config: UpcycleConfig) -> tuple[Plan, AbstractHost, 
     refused = [f"{s.name} {'; '.join(s.reasons_against)}" for s in taken if s.reasons_against]
     if refused:
         raise ValueError(f"cannot upcycle {', '.join(refused)}")
-    first = fitted(config.moe, taken[0])
-    for site in taken[1:]:
-        fitted(config.moe, site)
-    trial = try_router(first, taken[0], config.birth)
-    kept, why = _keeps_function(first, config.birth, trial)
-    before = _cost_before(host, model)
+    mixtures = _plan_mixtures(taken, config)
+    own = next(model.parameters()).dtype
+    before = _cost_before(host, model, dtype or own)
     made = Plan(
         model=type(model).__name__,
-        host=host.name,
+        layers=tuple(dict.fromkeys(name_of(site.form) for site in sites)),
         config=config,
-        sites=tuple(_planned(site, site in taken, config.sites) for site in sites),
-        moe=first,
+        sites=tuple(_planned(site, mixtures.get(site.name), config.sites) for site in sites),
         before=before,
-        after=_cost_after(before, taken, first, trial),
-        trial=trial,
-        kept_at_birth=kept,
-        why=why,
+        after=_cost_after(before, taken, mixtures),
+        dtype=dtype or own,
     )
     return made, host, taken
 
@@ -233,156 +268,65 @@ def refuse_second_surgery(model: nn.Module) -> None:
         )
 
 
-def choose_sites(sites: Sequence[Site], spec: str | tuple[str, ...]) -> list[Site]:
-    """The sites that a spec of `UpcycleConfig.sites` means.
-
-    Raises:
-        ValueError: there is no site at all, or the spec means none, or it is not a valid one.
-    """
-    if not sites:
-        raise ValueError("the model has no layer whose MLP could become a mixture of experts")
-    if not isinstance(spec, str):
-        return [_named(sites, name) for name in spec]
-    if spec == "all":
-        return list(sites)
-    if spec == "every-other":
-        if len(sites) < 2:
-            raise ValueError(
-                f"sites 'every-other' starts at the second layer, and {sites[0].name} is the only "
-                f"one; use sites='all'"
+def _plan_mixtures(taken: Sequence[Site], config: UpcycleConfig) -> dict[str, PlannedMixture]:
+    """The mixture of every site; each kind of router is tried once."""
+    trials: dict[tuple, PlannedMixture] = {}
+    mixtures = {}
+    unused = dict(config.moe_at)
+    for site in taken:
+        asked = config.moe
+        for pattern, moe in config.moe_at.items():
+            if matches(pattern, site.name):
+                asked = moe
+                unused.pop(pattern, None)
+                break
+        moe = config.birth.fit(asked, site)
+        key = (str(moe.to_dict()), site.dim, site.causal)
+        if key not in trials:
+            trial = try_router(moe, site, config.birth.start_router)
+            kept, why = config.birth.keeps(moe, trial)
+            trials[key] = PlannedMixture(
+                moe=moe, trial=trial, kept=kept, why=why, causal=site.causal
             )
-        return list(sites[1::2])
-    if spec.startswith("last:"):
-        return list(sites[-_count(spec, len(sites)) :])
-    return _matching(sites, spec)
+        mixtures[site.name] = trials[key]
+    if unused:
+        raise ValueError(
+            f"moe_at {', '.join(map(repr, unused))} matches no site that is taken; they are "
+            f"{', '.join(mixtures)}"
+        )
+    return mixtures
 
 
-def _named(sites: Sequence[Site], name: str) -> Site:
-    for site in sites:
-        if site.name == name:
-            return site
-    names = [site.name for site in sites]
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"no site {name!r}; {hint}There are: {', '.join(names)}")
-
-
-def _count(spec: str, most: int) -> int:
-    number = spec.removeprefix("last:")
-    if not number.isdecimal() or not 1 <= int(number) <= most:
-        raise ValueError(f"sites {spec!r}: N must be a whole number from 1 to {most}, the layers")
-    return int(number)
-
-
-def _matching(sites: Sequence[Site], spec: str) -> list[Site]:
-    try:
-        pattern = re.compile(rf"(?:.*\.)?(?:{spec})")
-    except re.error as error:
-        raise ValueError(f"sites {spec!r} is not a regular expression ({error})") from error
-    found = [site for site in sites if pattern.fullmatch(site.name)]
-    if found:
-        return found
-    near = difflib.get_close_matches(spec, SPECS, n=1, cutoff=0.7)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"sites {spec!r} matches no site; {hint}Use {', '.join(map(repr, SPECS))} or an expression "
-        f"that matches some of: {', '.join(site.name for site in sites)}"
-    )
-
-
-def _planned(site: Site, chosen: bool, spec: str | tuple[str, ...]) -> PlannedSite:
-    if chosen:
-        reason = f"MLP {site.dim} -> {site.width} -> {site.dim} ({site.activation}) becomes experts"
+def _planned(
+    site: Site, mixture: PlannedMixture | None, spec: str | tuple[str, ...]
+) -> PlannedSite:
+    if mixture is not None:
+        how = f"{site.activation}, gated" if site.mlp and site.mlp.gated else site.activation
+        reason = "; ".join(
+            [f"MLP {site.dim} -> {site.width} -> {site.dim} ({how}) becomes experts", *site.notes]
+        )
     elif site.reasons_against:
         reason = f"stays dense: {'; '.join(site.reasons_against)}"
     else:
         asked = repr(spec) if isinstance(spec, str) else "the names given"
         reason = f"stays dense: not in {asked}"
-    return PlannedSite(name=site.name, chosen=chosen, reason=reason)
+    return PlannedSite(name=site.name, chosen=mixture is not None, reason=reason, mixture=mixture)
 
 
-def try_router(moe: MoEConfig, site: Site, birth: Copies) -> Trial:
-    """Routes random tokens with a router as it will be born; the random state is put back.
-
-    Raises:
-        ValueError: the router cannot be built for this host, or cannot route without token ids.
-    """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        router = moe.router.build(site.dim, moe.num_experts, causal=site.causal)
-        router.site = site.name
-        start_router(router, birth)
-        x = torch.randn(*TRIAL, site.dim)  # a LayerNorm before the MLP makes about such tokens
-        routing = router.eval()(x)
-        alike = router(x[:, :1].expand_as(x))
-        learns = _learns(router, x)
-    sparse = isinstance(routing, SparseRouting)
-    weights = routing.weights if sparse else routing.combine_weight.flatten(2)
-    mass = weights.sum(-1)
-    return Trial(
-        rows=float(routing.rows_per_expert.sum()) / mass.numel(),
-        mass=(float(mass.min()), float(mass.max())),
-        uncovered=_uncovered(routing),
-        uncovered_alike=_uncovered(alike),
-        mixes=not sparse,
-        learns=learns,
-        reach=router.reach,
-        causal=router.is_causal,
+def _cost_before(host: AbstractHost, model: nn.Module, dtype: torch.dtype) -> Cost:
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = host.dense_flops(model, TRIAL[1])
+    return Cost(
+        parameters=parameters,
+        active=float(parameters),
+        flops=flops,
+        weight_bytes=parameters * dtype.itemsize,
+        training_bytes=4 * parameters * dtype.itemsize,
     )
 
 
-@torch.enable_grad()
-def _learns(router: nn.Module, x: Float[Tensor, "batch tokens dim"]) -> bool:
-    """Whether weights that are pulled at random pull the router's parameters."""
-    parameters = list(router.parameters())
-    if not parameters:
-        return True
-    routing = router(x)
-    if isinstance(routing, SparseRouting):
-        weights = [routing.weights]
-    else:
-        weights = [routing.combine_weight, routing.dispatch_weight]
-    pulls = [weight * torch.randn_like(weight) for weight in weights]
-    total = torch.stack([pull.sum() for pull in pulls]).sum()
-    if not total.requires_grad:
-        return False
-    gradients = torch.autograd.grad(total, parameters, allow_unused=True)
-    strongest = max(0.0 if g is None else float(g.abs().max()) for g in gradients)
-    # Of a weight that is always one, rounding leaves about 1e-7 for each token, of random sign; of
-    # one that is not, the softmax of logits near zero leaves 1 / experts of the pull.
-    return strongest > 1e-3 / routing.num_experts
-
-
-def _uncovered(routing: Routing) -> float:
-    if not isinstance(routing, SparseRouting):
-        return 0.0  # every token mixes every slot
-    return 1.0 - float(routing.chosen.any(-1).float().mean())
-
-
-def _keeps_function(moe: MoEConfig, birth: Copies, trial: Trial) -> tuple[bool, str]:
-    """Equal experts whose weights sum to one are the MLP they copy (Sparse Upcycling, App. B)."""
-    low, high = trial.mass
-    if trial.mixes:
-        return False, "experts see mixtures of tokens"
-    if birth.copy_noise_std:
-        return False, f"noise of standard deviation {birth.copy_noise_std} is added to every copy"
-    if trial.uncovered:
-        return False, f"no expert takes {trial.uncovered:.1%} of random tokens"
-    if trial.uncovered_alike:
-        return False, f"no expert takes {trial.uncovered_alike:.1%} of tokens that are all alike"
-    # The weights are float32 and there are at most `num_experts` of them.
-    if max(abs(low - 1), abs(high - 1)) > moe.num_experts * torch.finfo(torch.float32).eps:
-        return False, f"combine weights of a token sum to {low:.2f} ... {high:.2f}, not to 1"
-    return True, "experts are copies and the combine weights of every token sum to 1"
-
-
-def _cost_before(host: AbstractHost, model: nn.Module) -> Cost:
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = host.dense_flops(model, TRIAL[1])
-    return Cost(parameters=parameters, active=float(parameters), flops=flops)
-
-
-def _cost_after(before: Cost, taken: Sequence[Site], moe: MoEConfig, trial: Trial) -> Cost:
-    """Every expert costs what the MLP did; a router what its matrices do.
+def _cost_after(before: Cost, taken: Sequence[Site], mixtures: dict[str, PlannedMixture]) -> Cost:
+    """Every row costs what its expert's matrices do; a router what its own do.
 
     The logits of a soft router are one product of every token with every slot, and dispatch and
     combine are two more of the same size (Puigcerver et al. 2024, section 2.1).
@@ -390,25 +334,36 @@ def _cost_after(before: Cost, taken: Sequence[Site], moe: MoEConfig, trial: Tria
     parameters, active, flops = before.parameters, before.active, before.flops
     for site in taken:
         assert site.mlp is not None
+        moe, trial = mixtures[site.name].moe, mixtures[site.name].trial
         with torch.device("meta"):
             built = moe.build(site.dim)
         sizes = [sum(p.numel() for p in m.parameters()) for m in (built.experts, built)]
         expert, rest = sizes[0] / moe.num_experts, sizes[1] - sizes[0]
         parameters += sizes[1] - site.mlp.num_parameters
         active += trial.rows * expert + rest - site.mlp.num_parameters
-        mlp = 4 * site.dim * site.width
+        maps = 3 if moe.gated else 2
+        dense, one = (2 * maps * site.dim * w for w in (site.width, moe.expert_width or 0))
         router = sum(2 * p.numel() for p in built.router.parameters() if p.ndim > 1)
-        flops += (trial.rows - 1) * mlp + (3 if trial.mixes else 1) * router
-        flops += 4 * site.dim * moe.shared_width
-    return Cost(parameters=parameters, active=active, flops=flops)
+        flops += trial.rows * one - dense + (3 if trial.mixes else 1) * router
+        flops += 2 * maps * site.dim * moe.shared_width
+    scale = before.weight_bytes // before.parameters
+    return dataclasses.replace(
+        before,
+        parameters=parameters,
+        active=active,
+        flops=flops,
+        weight_bytes=parameters * scale,
+        training_bytes=4 * parameters * scale,
+    )
 
 
-def _line(what: str, before: float, after: float) -> str:
-    return f"  {what:<22} {_short(before)} -> {_short(after)} ({after / before:.2f}x)"
+def _line(what: str, before: float, after: float, unit: str = "") -> str:
+    times = after / before
+    return f"  {what:<22} {_short(before)}{unit} -> {_short(after)}{unit} ({times:.2f}x)"
 
 
 def _short(number: float) -> str:
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f} {letter}"
-    return f"{number:.0f}"
+    return f"{number:.0f} "

@@ -27,6 +27,7 @@ from torch import nn
 from moefold.moe import MoE
 from moefold.surgery.encoder import sha256_of
 from moefold.surgery.hosts import HOSTS, find_host
+from moefold.surgery.hosts.plain import PlainHost
 from moefold.surgery.upcycle import SCHEMA
 
 if TYPE_CHECKING:
@@ -37,6 +38,9 @@ MANIFEST = "moefold.json"
 _READ = (".json", ".safetensors")
 """Suffixes of files that a library may read without being told of them."""
 
+_OLD_HOSTS = {"bert": "transformers"}
+"""Names in manifests of versions before 0.1, which had a host for every kind of transformer."""
+
 _STALE = 24 * 3600.0
 """Seconds after which what lies beside a folder was left by a process that died."""
 
@@ -46,8 +50,8 @@ def save(
 ) -> None:
     """Writes an upcycled model into a folder, atomically.
 
-    `moefold.load` opens it; so do `AutoModel.from_pretrained` and `SentenceTransformer` once
-    `moefold.surgery.hosts.bert` is imported, and not before.
+    `moefold.load` opens it; so do `AutoModel.from_pretrained` and `SentenceTransformer` in a
+    process that has imported moefold.
 
     Args:
         model: an upcycled host, or a loaded one.
@@ -96,7 +100,7 @@ def save(
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def load(folder: str | Path) -> nn.Module:
+def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     """Opens what `save` wrote: on the CPU, in evaluation mode, every bit of its weights as it was.
 
     They lie at other addresses, so that a kernel may sum in another order: outputs are equal up to
@@ -104,6 +108,8 @@ def load(folder: str | Path) -> nn.Module:
 
     Args:
         folder: the folder.
+        into: for a model of no library (timm's, your own), which nothing here could build: the
+            dense model as it was before surgery. It is changed in place and returned.
 
     Returns:
         The model, of the kind that was saved (a BertModel, a SentenceTransformer, ...).
@@ -133,14 +139,20 @@ def load(folder: str | Path) -> nn.Module:
                 f"{file} is not what was saved: its sha256 is {found}, {MANIFEST} says {expected}; "
                 f"the file is truncated or was altered, copy it again"
             )
-    host = HOSTS.get(manifest["host"])()
+    host = HOSTS.get(_OLD_HOSTS.get(str(manifest["host"]), str(manifest["host"])))()
+    if into is not None and not isinstance(host, PlainHost):
+        raise ValueError(
+            f"{folder} holds a model of host {host.name!r}, which is built from its own config; "
+            f"leave `into` out"
+        )
     try:
-        model = host.read(folder)
+        model = host.read_into(folder, into) if isinstance(host, PlainHost) else host.read(folder)
     except (SafetensorError, OSError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"cannot open {folder}: {error}") from error
     section = host.section(model)
-    if section is None or list(section["sites"]) != manifest["sites"]:
-        found = None if section is None else list(section["sites"])
+    # Sorted: a JSON file may list layer.10 before layer.2.
+    if section is None or sorted(section["sites"]) != sorted(manifest["sites"]):
+        found = None if section is None else sorted(section["sites"])
         raise ValueError(
             f"{folder}: {MANIFEST} lists the sites {manifest['sites']}, config.json {found}; the "
             f"two files do not belong together"
@@ -243,7 +255,7 @@ def _what_it_is(folder: Path) -> str:
     if str(kind).startswith("moefold_"):
         return (
             "a trainer's checkpoint of an upcycled model; open it with AutoModel.from_pretrained "
-            "or SentenceTransformer after `import moefold.surgery.hosts.bert`"
+            "or SentenceTransformer after `import moefold`"
         )
     return f"a dense model of type {kind!r}; open it with its own library and call moefold.upcycle"
 

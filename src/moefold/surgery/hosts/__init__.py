@@ -1,24 +1,34 @@
-"""Hosts: the dense models surgery knows, each with an adapter that describes its own geometry.
+"""Hosts: the dense models surgery knows.
 
-Adapters are named by string, so that a host whose library is not installed costs nothing until
-somebody asks for it.
+A host is a kind of model: how its sites are found, how it says what was done to it, how it is
+written and read. What its layers look like is said by their forms, of which there is one for each
+class of layer. Hosts are named by string, so that one whose library is not installed costs nothing
+until somebody asks for it.
 """
 
 from torch import nn
 
 from moefold.registry import Registry
-from moefold.surgery.hosts.base import AbstractHost, Changes, DenseMLP, Site
+from moefold.surgery.hosts import families
+from moefold.surgery.hosts.base import AbstractHost, DenseMLP, Form, Site
+from moefold.surgery.hosts.changes import Changes
+from moefold.surgery.hosts.forms import FORMS
 
 HOSTS: Registry[type[AbstractHost]] = Registry("host", AbstractHost)
 HOSTS.register(
-    "bert",
-    "moefold.surgery.hosts.bert:BertHost",
-    summary="BERT of transformers, bare or with one of its usual heads",
-)
-HOSTS.register(
     "sentence-transformer",
     "moefold.surgery.hosts.sentence_transformer:SentenceTransformerHost",
-    summary="a SentenceTransformer, by the transformers inside it",
+    summary="a SentenceTransformer, by the transformer inside it",
+)
+HOSTS.register(
+    "transformers",
+    "moefold.surgery.hosts.transformer:TransformersHost",
+    summary="a model of transformers with layers of a known form, whatever its head",
+)
+HOSTS.register(
+    "plain",
+    "moefold.surgery.hosts.plain:PlainHost",
+    summary="any other module with layers of a known form: timm's, or your own",
 )
 
 
@@ -26,8 +36,8 @@ def find_host(model: nn.Module) -> AbstractHost:
     """Returns the adapter of the model.
 
     Raises:
-        ValueError: no host is of this kind; the message lists those there are, and why one of them
-            could not be asked.
+        ValueError: no host is of this kind; the message lists the layers that are known, and why
+            one of the hosts could not be asked.
     """
     if not isinstance(model, nn.Module):
         raise ValueError(f"the model is a {type(model).__name__}; it must be a torch.nn.Module")
@@ -45,9 +55,35 @@ def find_host(model: nn.Module) -> AbstractHost:
         if host.claims(model):
             return host
     raise ValueError(
-        f"no host for a {type(model).__module__}.{type(model).__qualname__}; there are: "
-        f"{', '.join(HOSTS.names())}{''.join(missing)}. Pass such a model, not a wrapper of it"
+        f"no host for a {type(model).__module__}.{type(model).__qualname__}: it has no layer of a "
+        f"known form. There are: {', '.join(FORMS.names())}{''.join(missing)}. Pass a model that "
+        f"holds such layers, or say with moefold.surgery.describe_layer where yours keep their MLP"
     )
 
 
-__all__ = ["HOSTS", "AbstractHost", "Changes", "DenseMLP", "Site", "find_host"]
+def describe_layer(name: str, summary: str, form: Form) -> Form:
+    """Makes a kind of layer known, so that models that hold it are hosts.
+
+    Args:
+        name: a name for the kind.
+        summary: one line on what it is.
+        form: where it keeps its MLP.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    return FORMS.register(name, form, summary=summary)
+
+
+__all__ = [
+    "FORMS",
+    "HOSTS",
+    "AbstractHost",
+    "Changes",
+    "DenseMLP",
+    "Form",
+    "Site",
+    "describe_layer",
+    "families",
+    "find_host",
+]

@@ -7,32 +7,84 @@ Shapes: `dim` is the width of a token, `width` the inner width of the MLP.
 """
 
 import abc
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from moefold.moe import MoE
+from moefold.surgery.hosts.changes import Changes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DenseMLP:
-    """Weights of `down(activation(up(x)))`, as `nn.Linear` keeps them; not copies."""
+    """Weights of an MLP, as `nn.Linear` keeps them; the host's own or views of them, not copies.
+
+    Plain: `down(activation(up(x)))`. Gated: `down(activation(gate(x)) * up(x))`.
+    """
 
     up: Float[Tensor, "width dim"]
-    up_bias: Float[Tensor, " width"] | None
+    up_bias: Float[Tensor, " width"] | None = None
     down: Float[Tensor, "dim width"]
-    down_bias: Float[Tensor, " dim"] | None
+    down_bias: Float[Tensor, " dim"] | None = None
+    gate: Float[Tensor, "width dim"] | None = None
+    gate_bias: Float[Tensor, " width"] | None = None
+
+    @property
+    def gated(self) -> bool:
+        """Whether there is a gate."""
+        return self.gate is not None
+
+    @property
+    def has_bias(self) -> bool:
+        """Whether any product has a bias."""
+        return any(b is not None for b in (self.up_bias, self.down_bias, self.gate_bias))
 
     @property
     def num_parameters(self) -> int:
         """Number of weights and biases."""
-        parts = (self.up, self.up_bias, self.down, self.down_bias)
+        parts = (getattr(self, part.name) for part in fields(self))
         return sum(part.numel() for part in parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Form:
+    """Where one kind of layer keeps its MLP; paths are those of modules below the layer.
+
+    A path may end in a number below zero for the last of a list, as in `layer.-1.wi`.
+
+    Attributes:
+        layer: the class of the layer, by its full name: `package.module.Class`.
+        up: the first linear map.
+        down: the second one.
+        gate: the linear map whose activated result multiplies that of `up`; None for a plain MLP.
+        fused_gate: `up` makes both halves at once, the one that is activated first.
+        activation: the module or function between the maps.
+        pieces: modules that, applied one after the other, are the MLP. The mixture stands in for
+            the first, nothing for the others. What else stands around them stays the host's.
+        dropout: a dropout inside a piece, applied to its result, that the mixture keeps.
+        inner_dropout: a dropout between the maps, which experts do not have.
+        mask: the argument of the layer that says which tokens are real; None if all are.
+        cache: the argument with the keys and values of earlier tokens.
+        causal: whether later tokens are hidden; a function of the layer and of the configuration of
+            the model it is in (None outside of transformers) where that depends.
+    """
+
+    layer: str
+    up: str
+    down: str
+    gate: str | None = None
+    fused_gate: bool = False
+    activation: str
+    pieces: tuple[str, ...] = ("mlp",)
+    dropout: str | None = None
+    inner_dropout: str | None = None
+    mask: str | None = "attention_mask"
+    cache: str | None = None
+    causal: bool | Callable[[nn.Module, Any], bool] = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -42,22 +94,26 @@ class Site:
     Attributes:
         name: path of the layer in the model that was passed in.
         layer: the module that is changed if the site is taken.
+        form: how such a layer keeps its MLP.
         dim: width of a token.
         width: inner width of the MLP.
-        activation: as moefold names it.
+        activation: as moefold names it; empty where it is not known.
         causal: whether the layer may not see later tokens.
         mlp: the weights; None where `reasons_against` says why they cannot be had.
         reasons_against: why the site cannot be taken; empty if it can.
+        notes: what a mixture there does otherwise than the MLP did, in training.
     """
 
     name: str
     layer: nn.Module
+    form: Form
     dim: int
     width: int
     activation: str
     causal: bool
     mlp: DenseMLP | None
     reasons_against: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class AbstractHost(abc.ABC):
@@ -74,11 +130,11 @@ class AbstractHost(abc.ABC):
         """All MLPs of the model, first layer first."""
 
     @abc.abstractmethod
-    def install(self, model: nn.Module, site: Site, moe: MoE, changes: "Changes") -> None:
+    def install(self, model: nn.Module, site: Site, moe: MoE, changes: Changes) -> None:
         """Puts the mixture in the place of the MLP."""
 
     @abc.abstractmethod
-    def sign(self, model: nn.Module, section: Mapping[str, Any], changes: "Changes") -> None:
+    def sign(self, model: nn.Module, section: Mapping[str, Any], changes: Changes) -> None:
         """Writes into the model's own config what was done, so that a saved folder says it.
 
         Args:
@@ -110,89 +166,3 @@ class AbstractHost(abc.ABC):
         Raises:
             ValueError: the weights in the folder are not those of the model it describes.
         """
-
-
-@dataclass(slots=True, eq=False)
-class Changes:
-    """What surgery altered, in order, kept as data so that it can be taken back exactly.
-
-    The modules that were taken out live here, outside the model's tree: they are in no state dict
-    and no optimiser. A deep copy of the model gets a deep copy of its changes.
-    """
-
-    log: list["_Change"] = field(default_factory=list)
-
-    def become(self, module: nn.Module, kind: type[nn.Module]) -> None:
-        """Gives the module another class: the object, its hooks and its flags stay."""
-        self.log.append(_Class(module, type(module)))
-        module.__class__ = kind
-
-    def replace_children(self, module: nn.Module, **children: nn.Module | None) -> None:
-        """Sets children of the module; None takes one out."""
-        change = _Children(module, dict(module._modules))
-        self.log.append(change)
-        for name, child in children.items():
-            if child is None:
-                del module._modules[name]
-            else:
-                module.add_module(name, child)
-        change.placement = _placement(module)
-
-    def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
-        """Sets a plain attribute of the module."""
-        self.log.append(_Attribute(module, name, module.__dict__[name]))
-        module.__dict__[name] = value
-
-    def undo(self) -> None:
-        """Takes everything back, last change first."""
-        while self.log:
-            self.log.pop().undo()
-
-
-@dataclass(slots=True, eq=False)
-class _Class:
-    module: nn.Module
-    before: type[nn.Module]
-
-    def undo(self) -> None:
-        self.module.__class__ = self.before
-
-
-@dataclass(slots=True, eq=False)
-class _Attribute:
-    module: nn.Module
-    name: str
-    before: object
-
-    def undo(self) -> None:
-        self.module.__dict__[self.name] = self.before
-
-
-@dataclass(slots=True, eq=False)
-class _Children:
-    module: nn.Module
-    before: dict[str, nn.Module | None]
-    placement: tuple[torch.device, torch.dtype] | None = None
-
-    def undo(self) -> None:
-        now = _placement(self.module)
-        present = set(self.module._modules.values())
-        for child in self.before.values():
-            if child is None or child in present:
-                continue
-            # Nothing that happened to the model since could reach what was out of its tree.
-            child.train(self.module.training)
-            if now is not None and now != self.placement:
-                child.to(device=now[0], dtype=now[1])
-        # The whole dictionary, so that the order of the state dict is the old one too.
-        self.module._modules.clear()
-        self.module._modules.update(self.before)
-
-
-_Change = _Class | _Attribute | _Children
-
-
-def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
-    """Where a module's first weight is: one that was there before and stays."""
-    first = next(module.parameters(), None)
-    return None if first is None else (first.device, first.dtype)

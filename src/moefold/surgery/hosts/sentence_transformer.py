@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 
 from moefold.moe import MoE
 from moefold.surgery.encoder import refuse_pickles
-from moefold.surgery.hosts import HOSTS
-from moefold.surgery.hosts.base import AbstractHost, Changes, Site
+from moefold.surgery.hosts.base import AbstractHost, Site
+from moefold.surgery.hosts.changes import Changes
+from moefold.surgery.hosts.forms import FORMS
+from moefold.surgery.hosts.transformer import TransformersHost
 
 
 @final
@@ -70,7 +72,6 @@ class SentenceTransformerHost(AbstractHost):
     def read(self, folder: Path) -> nn.Module:
         """Opens the folder on the CPU, in evaluation mode; refuses pickles."""
         refuse_pickles(folder)
-        _inner_host_classes()
         model = SentenceTransformer(
             str(folder),
             device="cpu",
@@ -97,18 +98,13 @@ def _inside(model: nn.Module) -> tuple[str, PreTrainedModel, AbstractHost]:
             f"({found}); upcycle a transformer inside it by itself"
         )
     ((name, inner),) = outermost.items()
-    for host in _inner_host_classes():
-        if host.claims(inner):
-            return f"{name}.", inner, host
+    host = TransformersHost()
+    if host.claims(inner):
+        return f"{name}.", inner, host
     raise ValueError(
-        f"the transformer {name} inside is a {type(inner).__name__}, for which there is no host; "
-        f"there are: {', '.join(HOSTS.names())}"
+        f"the transformer {name} inside is a {type(inner).__name__}, none of whose layers is "
+        f"known; there are: {', '.join(FORMS.names())}"
     )
-
-
-def _inner_host_classes() -> list[AbstractHost]:
-    """All hosts but this one; importing them registers their saved forms with transformers."""
-    return [HOSTS.get(n)() for n in HOSTS.names() if n != SentenceTransformerHost.name]
 
 
 def _check_weights(inner: PreTrainedModel, folder: Path) -> None:

@@ -1,0 +1,147 @@
+"""The saved mixtures of every transformer, as classes that transformers' own Auto classes find.
+
+For a config such as LlamaConfig there is a MoefoldLlamaConfig of type `moefold_llama`, which holds
+one entry more, `moefold`: what was done. For a model such as LlamaForCausalLM there is a
+MoefoldLlamaForCausalLM, which builds itself dense and then puts mixtures where its config says.
+All of these are made when they are asked for, by name or through `AutoConfig`, never from code in
+a saved folder.
+"""
+
+import functools
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from moefold.surgery.hosts import families
+from moefold.surgery.hosts.changes import Changes
+from moefold.surgery.hosts.layer import install_saved
+
+PREFIX = "moefold_"
+"""How the type of a config with mixtures begins."""
+
+_NAME = "Moefold"
+
+
+def __getattr__(name: str) -> Any:
+    """Finds a class by its name, as unpickling does."""
+    if name.startswith(_NAME):
+        import transformers
+
+        base = getattr(transformers, name.removeprefix(_NAME), None)
+        if isinstance(base, type) and issubclass(base, PreTrainedConfig):
+            return config_class(base)
+        if isinstance(base, type) and issubclass(base, PreTrainedModel):
+            return model_class(base)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def is_moefold_config(config: object) -> bool:
+    """Whether a config can say which layers are mixtures."""
+    # Of the class: a config that was read from a file keeps the dense type in the instance.
+    return str(getattr(type(config), "model_type", "")).startswith(PREFIX)
+
+
+@functools.cache
+def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
+    """The config class with a `moefold` entry, known to AutoConfig from now on."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> Any:
+        register_models(base)  # whoever has a config wants a model soon
+        return object.__new__(cls)
+
+    body = {
+        "__module__": __name__,
+        "__qualname__": _NAME + base.__name__,
+        "__doc__": f"A {base.__name__} whose entry `moefold` says which layers are mixtures.",
+        "__annotations__": {"moefold": dict[str, Any] | None},
+        # Configs of transformers take whatever stands in the file; a typed __init__ would not.
+        "__no_type_check__": True,
+        "__new__": new,
+        "model_type": PREFIX + base.model_type,
+        "moefold": None,
+    }
+    made = type(_NAME + base.__name__, (base,), body)
+    AutoConfig.register(made.model_type, made, exist_ok=True)
+    return made
+
+
+@functools.cache
+def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The model class that builds mixtures where its config says."""
+    config = config_class(base.config_class)
+
+    def init(self: PreTrainedModel, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
+        base.__init__(self, config, *args, **kwargs)
+        rebuild(self)
+
+    body = {
+        "__module__": __name__,
+        "__qualname__": _NAME + base.__name__,
+        "__doc__": f"{base.__name__} with mixtures of experts, as `from_pretrained` opens one.",
+        "__init__": init,
+        "config_class": config,
+    }
+    return type(_NAME + base.__name__, (base,), body)
+
+
+@functools.cache
+def register_models(base: type[PreTrainedConfig]) -> None:
+    """Tells every Auto class that opens models of a config of those with mixtures."""
+    for auto in vars(modeling_auto).values():
+        if not (isinstance(auto, type) and issubclass(auto, _BaseAutoModelClass)):
+            continue
+        mapping = getattr(auto, "_model_mapping", None)
+        if mapping is None or base not in mapping:
+            continue
+        kind = mapping[base]
+        if isinstance(kind, type) and kind.config_class is base:
+            auto.register(config_class(base), model_class(kind), exist_ok=True)
+
+
+def register_configs() -> None:
+    """Makes AutoConfig know the saved mixtures of every known type of model."""
+    for model_type in families.MODEL_TYPES:
+        if model_type in CONFIG_MAPPING:  # an older transformers may lack one
+            config_class(CONFIG_MAPPING[model_type])
+
+
+def rebuild(model: PreTrainedModel) -> None:
+    """Makes a model whose `__init__` built every layer dense what its config says.
+
+    Raises:
+        ValueError: the config describes no mixture, or one where the model has no layer for it.
+    """
+    section = getattr(model.config, "moefold", None)
+    if section is None:
+        raise ValueError(
+            f"a {type(model.config).__name__} without its `moefold` entry describes no mixture; "
+            f"upcycle a dense model with moefold.upcycle"
+        )
+    for name, moe in section["sites"].items():
+        install_saved(model, _full_name(model, name), moe, Changes())
+
+
+def body_prefix(model: PreTrainedModel) -> str:
+    """Path, with its dot, of the model's body in it; empty if it has no head or no body apart."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
+def submodule(model: PreTrainedModel, name: str) -> Any:
+    """The module of a name that counts from the body; None if there is none."""
+    try:
+        return model.get_submodule(_full_name(model, name))
+    except AttributeError:
+        return None
+
+
+def _full_name(model: PreTrainedModel, name: str) -> str:
+    """A name that counts from the body as one that counts from the model."""
+    full = body_prefix(model) + name
+    try:
+        model.get_submodule(full)
+    except AttributeError:
+        return name
+    return full

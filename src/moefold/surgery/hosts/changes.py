@@ -1,0 +1,103 @@
+"""What surgery altered, kept so that it can be taken back exactly."""
+
+import enum
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+
+@dataclass(slots=True, eq=False)
+class Changes:
+    """What surgery altered, in order, kept as data so that it can be taken back exactly.
+
+    The modules that were taken out live here, outside the model's tree: they are in no state dict
+    and no optimiser. A deep copy of the model gets a deep copy of its changes.
+    """
+
+    log: list["_Change"] = field(default_factory=list)
+
+    def become(self, module: nn.Module, kind: type[nn.Module]) -> None:
+        """Gives the module another class: the object, its hooks and its flags stay."""
+        self.log.append(_Class(module, type(module)))
+        module.__class__ = kind
+
+    def replace_children(self, module: nn.Module, **children: nn.Module | None) -> None:
+        """Sets children of the module; None takes one out."""
+        change = _Children(module, dict(module._modules))
+        self.log.append(change)
+        for name, child in children.items():
+            if child is None:
+                del module._modules[name]
+            else:
+                module.add_module(name, child)
+        change.placement = _placement(module)
+
+    def set_attribute(self, module: nn.Module, name: str, value: object) -> None:
+        """Sets a plain attribute of the module, one it had or a new one."""
+        self.log.append(_Attribute(module, name, module.__dict__.get(name, _MISSING)))
+        module.__dict__[name] = value
+
+    def undo(self) -> None:
+        """Takes everything back, last change first."""
+        while self.log:
+            self.log.pop().undo()
+
+
+class _Missing(enum.Enum):
+    MISSING = enum.auto()
+
+
+_MISSING = _Missing.MISSING  # a member of an enumeration: a deep copy of it is itself
+
+
+@dataclass(slots=True, eq=False)
+class _Class:
+    module: nn.Module
+    before: type[nn.Module]
+
+    def undo(self) -> None:
+        self.module.__class__ = self.before
+
+
+@dataclass(slots=True, eq=False)
+class _Attribute:
+    module: nn.Module
+    name: str
+    before: object
+
+    def undo(self) -> None:
+        if self.before is _MISSING:
+            del self.module.__dict__[self.name]
+        else:
+            self.module.__dict__[self.name] = self.before
+
+
+@dataclass(slots=True, eq=False)
+class _Children:
+    module: nn.Module
+    before: dict[str, nn.Module | None]
+    placement: tuple[torch.device, torch.dtype] | None = None
+
+    def undo(self) -> None:
+        now = _placement(self.module)
+        present = set(self.module._modules.values())
+        for child in self.before.values():
+            if child is None or child in present:
+                continue
+            # Nothing that happened to the model since could reach what was out of its tree.
+            child.train(self.module.training)
+            if now is not None and now != self.placement:
+                child.to(device=now[0], dtype=now[1])
+        # The whole dictionary, so that the order of the state dict is the old one too.
+        self.module._modules.clear()
+        self.module._modules.update(self.before)
+
+
+_Change = _Class | _Attribute | _Children
+
+
+def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:
+    """Where a module's first weight is: one that was there before and stays."""
+    first = next(module.parameters(), None)
+    return None if first is None else (first.device, first.dtype)

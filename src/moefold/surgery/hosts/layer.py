@@ -1,0 +1,201 @@
+"""A layer whose MLP is a mixture of experts: the host's own forward, seen through a lens.
+
+The mixture needs to know which tokens are real; the call of an MLP inside a host's layer says only
+what they are. So the layer's own forward runs on a lens: an object that is the layer in every
+respect, except that the MLP it finds there is the mixture, with the mask already given.
+
+    layer.forward(x, attention_mask=m)  =  Host.forward(lens(layer, mlp=x -> moe(x, m)), x, ...)
+
+Nothing is kept between two calls and nothing of a layer is written twice, so this is correct under
+gradient checkpointing, `torch.compile` and both together, and follows whatever the host's library
+changes around the MLP. Hooks on the layer run as ever; of modules between layer and MLP (the last
+part of a T5 block) they do not.
+
+Shapes: `batch tokens dim` hidden states.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from types import FunctionType
+from typing import Any
+
+from torch import Tensor, nn
+
+from moefold.moe import MoE, MoEConfig
+from moefold.surgery.hosts.base import Form, Site
+from moefold.surgery.hosts.changes import Changes
+from moefold.surgery.hosts.forms import form_of, holder_of, module_at, weights
+from moefold.surgery.hosts.masks import real_tokens
+
+MIXTURE = "moe"
+"""The name of the mixture in its layer, whatever the host."""
+
+DROPOUT = "moe_dropout"
+"""The name of a dropout that belonged to the MLP and is kept."""
+
+
+def install(site: Site, moe: MoE, changes: Changes) -> None:
+    """Puts a mixture in the place of a layer's MLP, whose modules leave the tree."""
+    layer, form = site.layer, site.form
+    kept = None if form.dropout is None else module_at(layer, form.dropout)
+    index = next((m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")), 0)
+    base = type(layer)
+    for piece in form.pieces:
+        holder, name = holder_of(layer, piece)
+        changes.replace_children(holder, **{name: None})
+    changes.replace_children(layer, **{MIXTURE: moe, DROPOUT: kept} if kept else {MIXTURE: moe})
+    changes.set_attribute(layer, "_moefold_form", form)
+    changes.set_attribute(layer, "_moefold_layer_index", index)
+    changes.become(layer, moe_layer(base))
+
+
+def install_saved(model: nn.Module, name: str, moe: Mapping[str, Any], changes: Changes) -> None:
+    """Puts a mixture as a saved file describes it, its weights still any, into a dense model.
+
+    Raises:
+        ValueError: the model has no layer of a known form at that name.
+    """
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        layer = None
+    form = None if layer is None else form_of(layer)
+    if layer is None or form is None:
+        what = "no module" if layer is None else f"a {type(layer).__name__}"
+        raise ValueError(
+            f"the config lists the site {name!r}, where {type(model).__name__} has {what}"
+        )
+    mlp = weights(layer, form)
+    width, dim = mlp.up.shape
+    site = Site(
+        name=name,
+        layer=layer,
+        form=form,
+        dim=dim,
+        width=width,
+        activation=moe["activation"],
+        causal=False,  # whether the router fits the host was settled when it was upcycled
+        mlp=mlp,
+    )
+    built = MoEConfig.from_dict(moe).build(dim, site=name)
+    built.to(device=mlp.up.device, dtype=mlp.up.dtype).train(layer.training)
+    install(site, built, changes)
+
+
+def is_moe_layer(module: nn.Module) -> bool:
+    """Whether surgery made the module what it is."""
+    return issubclass(type(module), _Mixed)
+
+
+class _Mixed:
+    """Marks the classes that `moe_layer` makes."""
+
+
+@functools.cache
+def moe_layer(base: type[nn.Module]) -> type[nn.Module]:
+    """The class of a layer of the given class with a mixture in it.
+
+    A subclass under the same name: transformers finds the layers whose outputs it records by
+    their class, and accelerate the layers it may not split by its name.
+    """
+    names = list(inspect.signature(base.forward).parameters)[1:]
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(names, args, strict=False))
+        given.update(kwargs)
+        form: Form = self._moefold_form  # pyright: ignore
+        refuse_packed(self, given)
+        mask = None
+        if form.mask is not None:
+            mask = real_tokens(
+                given.get(form.mask),
+                given[names[0]],
+                given.get(form.cache) if form.cache else None,
+                self._moefold_layer_index,  # pyright: ignore
+            )
+        return base.forward(_through_lens(self, form, mask), *args, **kwargs)
+
+    body = {"forward": forward, "__reduce__": _reduce, "__module__": base.__module__}
+    return type(base.__name__, (_Mixed, base), {**body, "__doc__": base.__doc__})
+
+
+def refuse_packed(layer: nn.Module, given: Mapping[str, Any]) -> None:
+    """Raises if the batch is packed into one sequence and the router would mix its sequences.
+
+    Raises:
+        ValueError: names the layer, and what to do.
+    """
+    moe = getattr(layer, MIXTURE)
+    if given.get("cu_seq_lens_q") is not None and moe.router.reach != "token":
+        raise ValueError(
+            f"{moe.site}: the batch is packed into one sequence, and a router that reaches the "
+            f"{moe.router.reach} would mix its sequences; pad it instead (SentenceTransformer: "
+            f"model[0].unpad_inputs = False)"
+        )
+
+
+class _Lens:
+    """A module as its own methods see it, with some children standing in for others."""
+
+    def __init__(self, module: nn.Module, stand_ins: dict[str, Any]) -> None:
+        self._module = module
+        self._stand_ins = stand_ins
+
+    def __getattr__(self, name: str) -> Any:
+        if name in self._stand_ins:
+            return self._stand_ins[name]
+        method = getattr(type(self._module), name, None)
+        if isinstance(method, FunctionType):
+            return functools.partial(method, self)  # so that it looks through the lens too
+        return getattr(self._module, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self._module).forward(self, *args, **kwargs)  # pyright: ignore
+
+    __call__ = forward
+
+    def __repr__(self) -> str:
+        return repr(self._module)
+
+
+def _through_lens(layer: nn.Module, form: Form, mask: Tensor | None) -> _Lens:
+    moe = getattr(layer, MIXTURE)
+    dropout = getattr(layer, DROPOUT, None)
+
+    def mixture(x: Tensor) -> Tensor:
+        mixed = moe(x, mask)
+        return mixed if dropout is None else dropout(mixed)
+
+    stand_ins: dict[str, Any] = {}
+    for piece in form.pieces:
+        stand_in = mixture if piece == form.pieces[0] else _same
+        name, *rest = piece.split(".")
+        stand_ins[name] = _standing_in(getattr(layer, name, None), rest, stand_in)
+    return _Lens(layer, stand_ins)
+
+
+def _standing_in(module: Any, path: list[str], stand_in: Callable[[Tensor], Tensor]) -> Any:
+    """The module with a stand-in at a path below it; the stand-in itself for an empty path."""
+    if not path:
+        return stand_in
+    name, *rest = path
+    if isinstance(module, nn.ModuleList):
+        items = list(module)
+        items[int(name)] = _standing_in(items[int(name)], rest, stand_in)
+        return items
+    return _Lens(module, {name: _standing_in(getattr(module, name, None), rest, stand_in)})
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _reduce(self: nn.Module) -> tuple:
+    """How to pickle or deeply copy a layer whose class is made on demand."""
+    return _blank, (type(self).__bases__[1],), self.__getstate__()
+
+
+def _blank(base: type[nn.Module]) -> nn.Module:
+    kind = moe_layer(base)
+    return kind.__new__(kind)

@@ -1,0 +1,70 @@
+"""Which tokens of a batch are real, as the attention mask of a layer says it.
+
+The mask is read inside the forward pass of the layer it was given to, so it is the right one under
+gradient checkpointing too, whatever ran between a forward pass and its backward.
+
+Shapes: `batch tokens dim` hidden states; an attention mask is None, `[batch, keys]` (flash) or
+`[batch, heads or 1, queries or 1, keys]` (eager: added to the scores, sdpa: True where attended).
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def real_tokens(
+    attention_mask: object,
+    hidden: Float[Tensor, "batch tokens dim"],
+    cache: Any = None,
+    layer_index: int = 0,
+) -> Bool[Tensor, "batch tokens"] | None:
+    """Which tokens are real, as an attention mask says it.
+
+    A token is real if it may attend to itself: in a bidirectional mask its column is attended or
+    not as a whole, in a causal one the diagonal is what padding takes away.
+
+    Args:
+        attention_mask: what the layer was given, see above.
+        hidden: the tokens, which are the mask's last queries.
+        cache: keys and values of earlier tokens, as transformers keeps them, before these tokens
+            are added; where it has more room than tokens, it says which key is a token's own.
+        layer_index: of the layer, in the cache.
+
+    Returns:
+        True for real tokens; None if the mask is None, that is, all are.
+
+    Raises:
+        ValueError: a mask of another form (flex attention's blocks).
+    """
+    if attention_mask is None:
+        return None
+    if not isinstance(attention_mask, Tensor) or attention_mask.ndim not in (2, 4):
+        shape = getattr(attention_mask, "shape", None)
+        raise ValueError(
+            f"cannot tell the real tokens from an attention mask of type "
+            f"{type(attention_mask).__name__} and shape {shape}; load the model with "
+            f"attn_implementation 'sdpa', 'eager' or 'flash_attention_2'"
+        )
+    batch, tokens = hidden.shape[:2]
+    if attention_mask.ndim == 2:
+        own = attention_mask[:, -tokens:]
+    elif attention_mask.shape[2] == 1 and tokens > 1:
+        own = attention_mask[:, 0, 0, -tokens:]
+    else:
+        own = _own_keys(attention_mask[:, 0], cache, layer_index)
+    if own.is_floating_point():
+        own = own > torch.finfo(own.dtype).min / 2
+    return own.ne(0).expand(batch, tokens)
+
+
+def _own_keys(mask: Tensor, cache: Any, layer_index: int) -> Tensor:
+    """What a mask `[batch, queries, keys]` says of every query and its own key."""
+    queries, keys = mask.shape[1:]
+    if cache is None or keys == queries:
+        return mask.diagonal(offset=keys - queries, dim1=-2, dim2=-1)
+    before = cache.get_seq_length(layer_index)
+    first = cache.get_mask_sizes(queries, layer_index)[1]
+    own = torch.arange(queries, device=mask.device) + (before - first)
+    return mask.gather(2, own.expand(mask.shape[0], -1).unsqueeze(2)).squeeze(2)

@@ -1,0 +1,235 @@
+"""The receipt of a surgery: what was measured right after it, on real or made-up inputs.
+
+A plan says what theory expects; a receipt says what came out. The dense model runs once before
+surgery and the upcycled one once after, in evaluation mode, on the same inputs; what each MLP was
+given is then given to the mixture that took its place, so that errors do not add up over layers.
+
+Shapes: `tokens dim` are the real tokens an MLP was given, `rows` those of one expert.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moefold.moe import MoE
+from moefold.record import record_routing
+from moefold.routing import Routing, SparseRouting
+from moefold.surgery.hosts import Site
+from moefold.surgery.hosts.forms import module_at
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SiteReceipt:
+    """What was measured at one site.
+
+    Attributes:
+        error: length of the difference between what the mixture and the MLP make of the same
+            tokens, as a share of the length of what the MLP makes.
+        coverage: share of tokens that some expert takes.
+        mass: mean sum of a token's combine weights.
+        similarity: mean cosine between the weights of two experts; 1 for copies.
+    """
+
+    error: float
+    coverage: float
+    mass: float
+    similarity: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """What was measured right after surgery; `str(receipt)` is lines to read.
+
+    Attributes:
+        inputs: what it was measured on, in words.
+        error: as for a site, of the output of the whole model.
+        sites: by name of the site.
+    """
+
+    inputs: str
+    error: float
+    sites: Mapping[str, SiteReceipt]
+
+    def __str__(self) -> str:
+        """The receipt as lines of text."""
+        longest = max(map(len, self.sites))
+        return "\n".join(
+            [
+                f"  {'measured':<22} on {self.inputs}: the output of the model is off by "
+                f"{self.error:.1e} of its length",
+                *(
+                    f"    {name:<{longest}}  off by {site.error:.1e}, {site.coverage:.1%} of "
+                    f"tokens covered, combine mass {site.mass:.3f}, experts alike "
+                    f"{site.similarity:.3f}"
+                    for name, site in self.sites.items()
+                ),
+            ]
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> "Receipt":
+        """The inverse of `to_dict`."""
+        sites = {name: SiteReceipt(**site) for name, site in data["sites"].items()}
+        return cls(inputs=data["inputs"], error=data["error"], sites=sites)
+
+
+@dataclass(slots=True, eq=False)
+class Before:
+    """What the dense model made of some inputs: the half of a receipt that must come first.
+
+    Attributes:
+        inputs: arguments of the model.
+        described: the inputs in words.
+        output: of the model.
+        given: what each MLP was given, by site.
+        made: what it made of that.
+    """
+
+    inputs: Mapping[str, Any]
+    described: str
+    output: Tensor
+    given: dict[str, Tensor]
+    made: dict[str, Tensor]
+
+
+@torch.no_grad()
+def measure_dense(
+    model: nn.Module, sites: list[Site], inputs: Mapping[str, Any], described: str
+) -> Before:
+    """Runs the dense model and keeps what its MLPs were given and made."""
+    given: dict[str, Tensor] = {}
+    made: dict[str, Tensor] = {}
+    handles = []
+    for site in sites:
+        first, last = (module_at(site.layer, site.form.pieces[i]) for i in (0, -1))
+        handles.append(first.register_forward_pre_hook(_keep_given(given, site.name)))
+        handles.append(last.register_forward_hook(_keep_made(made, site.name)))
+    try:
+        with evaluating(model), torch.random.fork_rng(devices=[]):
+            output = output_of(model, inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return Before(inputs, described, output, given, made)
+
+
+@torch.no_grad()
+def measure_upcycled(model: nn.Module, mixtures: Mapping[str, MoE], before: Before) -> Receipt:
+    """Runs the upcycled model on the same inputs and compares."""
+    with evaluating(model), torch.random.fork_rng(devices=[]):
+        with record_routing(model) as record:
+            output = output_of(model, before.inputs)
+        names = {id(module): name for name, module in model.named_modules()}
+        sites = {}
+        for name, moe in mixtures.items():
+            seen = record[names[id(moe)]]
+            mask = seen[-1].mask if seen else None
+            if name not in before.given:  # a part of the model that these inputs did not reach
+                continue
+            sites[name] = _measure_site(moe, before.given[name], before.made[name], mask)
+    return Receipt(
+        inputs=before.described, error=relative_error(output, before.output), sites=sites
+    )
+
+
+def _measure_site(moe: MoE, given: Tensor, made: Tensor, mask: Tensor | None) -> SiteReceipt:
+    flat = given.ndim == 2
+    with record_routing(moe) as record:
+        found = moe(given, mask.flatten() if flat and mask is not None else mask)
+    (routing,) = record[""]
+    real = slice(None) if mask is None else (mask.flatten() if flat else mask)
+    mass = combine_mass(routing)
+    real_mass = mass if routing.mask is None else mass[routing.mask]
+    return SiteReceipt(
+        error=relative_error(found[real], made[real]),
+        coverage=float((real_mass != 0).float().mean()),
+        mass=float(real_mass.mean()),
+        similarity=expert_similarity(moe),
+    )
+
+
+def combine_mass(routing: Routing) -> Tensor:
+    """Sum of the combine weights of every token: `batch tokens`."""
+    if isinstance(routing, SparseRouting):
+        return routing.weights.sum(-1)
+    return routing.combine_weight.flatten(2).sum(-1)
+
+
+def expert_similarity(moe: MoE) -> float:
+    """Mean cosine between the weights of two experts, over all pairs and matrices."""
+    found = []
+    for parameter in moe.experts.parameters():
+        rows = parameter.detach().flatten(1).double()
+        length = rows.norm(dim=1, keepdim=True)
+        if parameter.ndim < 3 or not bool((length > 0).all()):
+            continue
+        # The sum of all cosines is the length of the sum of all directions, squared.
+        count = rows.shape[0]
+        total = float((rows / length).sum(0).square().sum())
+        found.append((total - count) / (count * (count - 1)))
+    return sum(found) / len(found) if found else float("nan")
+
+
+def relative_error(found: Tensor, wanted: Tensor) -> float:
+    """Length of the difference as a share of the length of what was there before."""
+    difference = (found.double() - wanted.double()).norm()
+    return float(difference / wanted.double().norm().clamp_min(1e-300))
+
+
+def output_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The first tensor a model returns, padding set to zero where there is a mask for it."""
+    made = model(**inputs) if not _takes_features(model) else model(dict(inputs))
+    output = _first_tensor(made)
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Tensor) and output.ndim == 3 and output.shape[:2] == mask.shape:
+        output = output * mask.unsqueeze(-1).to(output.dtype)
+    return output
+
+
+def _takes_features(model: nn.Module) -> bool:
+    """Whether it is a SentenceTransformer, which takes one dictionary and returns it enlarged."""
+    return type(model).__module__.startswith("sentence_transformers")
+
+
+def _first_tensor(made: Any) -> Tensor:
+    if isinstance(made, Tensor):
+        return made
+    if isinstance(made, Mapping) and "sentence_embedding" in made:
+        return made["sentence_embedding"]
+    values = made.values() if isinstance(made, Mapping) else made
+    return next(value for value in values if isinstance(value, Tensor))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _keep_given(kept: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, arguments: tuple) -> None:
+        kept[name] = arguments[0].detach().clone()
+
+    return hook
+
+
+def _keep_made(kept: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, arguments: tuple, result: Tensor) -> None:
+        kept[name] = result.detach().clone()
+
+    return hook
