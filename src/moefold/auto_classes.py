@@ -9,7 +9,6 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Sequence
 from types import ModuleType
 from typing import final
 
@@ -38,7 +37,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
     def find_spec(
         self,
         fullname: str,
-        path: Sequence[str] | None,
+        path: object,  # a list, or what pytest and others put in its place
         target: ModuleType | None = None,
     ) -> importlib.machinery.ModuleSpec | None:
         """Finds one module, by asking the finders after this one."""
