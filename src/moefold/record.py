@@ -67,6 +67,16 @@ class AbstractRouted(nn.Module):
         # A copy made while a record is open is another layer: nobody listens to it.
         return {**self.__dict__, "sinks": ()}
 
+    @property
+    def own_router(self) -> AbstractRouter | None:
+        """The router without what another library wrapped around it, as peft does with adapters.
+
+        Where peft trains a copy beside the original, the copy: it comes later and is the one that
+        routes. None for a router of another kind.
+        """
+        found = _routers_in(self.router)
+        return found[-1] if found else None
+
     def hand_over(self, routing: Routing) -> None:
         """Give the routing of this forward pass to whoever listens."""
         if self.sinks and not _in_backward():
@@ -133,9 +143,9 @@ class Record(Mapping[str, list[Routing]]):
     def update(self) -> None:
         """Adapt biases, thresholds and penalties to what was recorded; once an optimiser step."""
         for site, layer in self._layers.items():
-            routings = self[site]
-            if isinstance(layer.router, AbstractRouter) and routings:
-                layer.router.update(routings)
+            routings, router = self[site], layer.own_router
+            if router is not None and routings:
+                router.update(routings)
 
     def clear(self) -> None:
         """Forget the routings so far, and the memory their graphs hold."""
@@ -168,6 +178,13 @@ def record_routing(model: nn.Module) -> Iterator[Record]:
     finally:
         for site, layer in layers.items():
             layer.sinks = tuple(sink for sink in layer.sinks if sink is not record.heard[site])
+
+
+def _routers_in(module: nn.Module) -> list[AbstractRouter]:
+    """The routers in a module, but none that is part of another router."""
+    if isinstance(module, AbstractRouter):
+        return [module]
+    return [router for child in module.children() for router in _routers_in(child)]
 
 
 def _in_backward() -> bool:

@@ -15,15 +15,17 @@ from torch import nn
 from moefold.surgery.births import born
 from moefold.surgery.config import UpcycleConfig
 from moefold.surgery.encoder import MINILM, MINILM_SHA256, sha256_of
-from moefold.surgery.hosts import Changes, Site, find_host
+from moefold.surgery.hosts import Changes, Site, find_host, refuse_adapters
 from moefold.surgery.inputs import made_up_inputs
 from moefold.surgery.plan import Plan, draft
 from moefold.surgery.receipt import Before, measure_dense, measure_upcycled
+from moefold.surgery.restored import restore
 
 SCHEMA = 1
 """Version of the section that is saved with a model."""
 
-_CHANGES = "_moefold_changes"
+CHANGES = "_moefold_changes"
+"""The attribute of an upcycled model that holds what surgery altered."""
 
 
 def upcycle(
@@ -59,15 +61,12 @@ def upcycle(
     if isinstance(before, str):
         made, before = dataclasses.replace(made, unmeasured=before), None
     mixtures = {site.name: born(made.mixtures[site.name].moe, site, config.birth) for site in taken}
-    section = {
-        "schema": SCHEMA,
-        "moefold": version("moefold"),
-        "upcycle": config.to_dict(),
-        "sites": {name: mixture.moe.to_dict() for name, mixture in made.mixtures.items()},
-        "source": provenance(host.source(model)),
-    }
+    section = section_of(made, host.source(model))
+    values = config.birth.complete(model, mixtures, taken)
     changes = Changes()
     try:
+        for name, value in values.items():
+            changes.set_value(model, name, value)
         for site in taken:
             mixtures[site.name].train(site.layer.training)
             host.install(model, site, mixtures[site.name], changes)
@@ -79,8 +78,24 @@ def upcycle(
     except BaseException:
         changes.undo()
         raise
-    model.__dict__[_CHANGES] = changes
+    model.__dict__[CHANGES] = changes
     return made
+
+
+def section_of(made: Plan, source: str) -> dict[str, Any]:
+    """What a model says of itself once a plan was carried out: the section that is saved with it.
+
+    Args:
+        made: the plan.
+        source: where the dense model came from, see `provenance`.
+    """
+    return {
+        "schema": SCHEMA,
+        "moefold": version("moefold"),
+        "upcycle": {**made.config.to_dict(), "birth": made.config.birth.signed()},
+        "sites": {name: mixture.moe.to_dict() for name, mixture in made.mixtures.items()},
+        "source": provenance(source),
+    }
 
 
 def _run_dense(
@@ -103,20 +118,38 @@ def _run_dense(
         return f"the dense model cannot be run on {made_up[1]} ({reason}); pass `inputs`"
 
 
-def revert(model: nn.Module) -> None:
-    """Undoes `upcycle`: the dense MLPs come back, as the same objects with the same values.
+def revert(model: nn.Module, dense: nn.Module | None = None, *, any_source: bool = False) -> None:
+    """Undoes `upcycle`: the dense MLPs come back.
 
-    Weights that surgery left alone (attention, norms, embeddings) keep what training made of them.
+    Weights that surgery left alone (attention, norms, embeddings) keep what training made of them;
+    those it set (the average of several fine-tunes) are again what they were before it.
+    The object that was passed to `upcycle` still has its MLPs: the same objects with the same
+    values. A loaded mixture has none, and gets copies of those of `dense`.
 
     Args:
-        model: the object that was passed to `upcycle`.
+        model: an upcycled host, or a loaded one.
+        dense: for a loaded one, the model it was made from; it is not changed.
+        any_source: take the MLPs of `dense` though its files are not those that were upcycled.
 
     Raises:
-        ValueError: it was not upcycled in this process, so its dense weights are not there.
+        ValueError: it is not upcycled, or carries adapters; it was loaded and `dense` is missing,
+            is of another architecture, or was read from other files than the model that was
+            upcycled; it has its own MLPs and `dense` is given all the same.
     """
-    changes = model.__dict__.pop(_CHANGES, None)
+    refuse_adapters(model)
+    changes = model.__dict__.get(CHANGES)
+    if changes is not None and dense is not None:
+        raise ValueError(
+            f"{type(model).__name__} still has the MLPs it was upcycled with; call "
+            f"moefold.revert(model) without a dense model"
+        )
     if changes is not None:
+        del model.__dict__[CHANGES]
         changes.undo()
+        return
+    if dense is not None:
+        source = provenance(find_host(dense).source(dense))
+        restore(model, dense, came_from=source, any_source=any_source)
         return
     section = find_host(model).section(model)
     if section is None:
@@ -124,10 +157,11 @@ def revert(model: nn.Module) -> None:
             f"{type(model).__name__} is not upcycled, there is nothing to revert; pass the object "
             f"that was given to moefold.upcycle"
         )
+    origin = section["source"].get("name") or "its origin is not known"
     raise ValueError(
         f"{type(model).__name__} holds mixtures but not the dense MLPs they were made from (it was "
-        f"loaded, or upcycled inside another model); load the dense model instead: "
-        f"{section['source'].get('name') or 'its origin is not known'}"
+        f"loaded, or upcycled inside another model); load the dense model and pass it, "
+        f"moefold.revert(model, dense): {origin}"
     )
 
 

@@ -45,6 +45,7 @@ def find_host(model: nn.Module) -> AbstractHost:
         raise ValueError(
             f"{type(model).__name__} is a compiled model; upcycle the model first, compile it then"
         )
+    refuse_adapters(model)
     missing = []
     for name in HOSTS.names():
         try:
@@ -59,6 +60,25 @@ def find_host(model: nn.Module) -> AbstractHost:
         f"known form. There are: {', '.join(FORMS.names())}{''.join(missing)}. Pass a model that "
         f"holds such layers, or say with moefold.surgery.describe_layer where yours keep their MLP"
     )
+
+
+def refuse_adapters(model: nn.Module) -> None:
+    """Raises if peft's adapters are in the model, whose weights are then not all of it.
+
+    Raises:
+        ValueError: names some of the modules that peft put there, and how to merge them.
+    """
+    held = [
+        f"{name or 'the model itself'} ({type(module).__name__})"
+        for name, module in model.named_modules()
+        if type(module).__module__.partition(".")[0] == "peft"
+    ]
+    if held:
+        raise ValueError(
+            f"{type(model).__name__} carries adapters of peft: {', '.join(held[:3])}"
+            f"{', ...' if len(held) > 3 else ''}; merge them first, model = "
+            f"peft_model.merge_and_unload(), or take them out with peft_model.unload()"
+        )
 
 
 def describe_layer(name: str, summary: str, form: Form) -> Form:
@@ -86,4 +106,5 @@ __all__ = [
     "describe_layer",
     "families",
     "find_host",
+    "refuse_adapters",
 ]

@@ -144,6 +144,10 @@ class AbstractHost(abc.ABC):
         """
 
     @abc.abstractmethod
+    def unsign(self, model: nn.Module) -> None:
+        """Makes the config, and the class of a loaded model, those of a dense model again."""
+
+    @abc.abstractmethod
     def section(self, model: nn.Module) -> dict[str, Any] | None:
         """What `sign` wrote, site names being those of `model`; None if nothing was done."""
 
@@ -156,8 +160,20 @@ class AbstractHost(abc.ABC):
         """Where the dense model came from: a folder, a name on the hub, or an empty string."""
 
     @abc.abstractmethod
-    def write(self, model: nn.Module, folder: Path) -> None:
-        """Writes the model into an empty folder, weights as safetensors."""
+    def write(
+        self, model: nn.Module, folder: Path, *, max_shard_size: int | str | None = None
+    ) -> None:
+        """Writes the model into an empty folder, weights as safetensors.
+
+        Args:
+            model: an upcycled model.
+            folder: where.
+            max_shard_size: bytes that a file of weights holds at most, or text such as "5GB"; the
+                default of the host's library if None.
+
+        Raises:
+            ValueError: the host writes one file only, and a size is asked for.
+        """
 
     @abc.abstractmethod
     def read(self, folder: Path) -> nn.Module:

@@ -4,7 +4,7 @@ import enum
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 @dataclass(slots=True, eq=False)
@@ -37,6 +37,23 @@ class Changes:
         """Sets a plain attribute of the module, one it had or a new one."""
         self.log.append(_Attribute(module, name, module.__dict__.get(name, _MISSING)))
         module.__dict__[name] = value
+
+    def set_value(self, model: nn.Module, name: str, value: Tensor) -> None:
+        """Sets the values of a parameter or a buffer, which stays the same object."""
+        path, _, last = name.rpartition(".")
+        module = model.get_submodule(path)
+        old = getattr(module, last)
+        self.log.append(_Value(module, last, old.detach().clone()))
+        with torch.no_grad():
+            old.copy_(value)
+
+    def children_before(self) -> dict[nn.Module, dict[str, nn.Module | None]]:
+        """The children that a module had before surgery, for each module that has others now."""
+        before: dict[nn.Module, dict[str, nn.Module | None]] = {}
+        for change in self.log:
+            if isinstance(change, _Children):
+                before.setdefault(change.module, change.before)
+        return before
 
     def undo(self) -> None:
         """Takes everything back, last change first."""
@@ -94,7 +111,18 @@ class _Children:
         self.module._modules.update(self.before)
 
 
-_Change = _Class | _Attribute | _Children
+@dataclass(slots=True, eq=False)
+class _Value:
+    module: nn.Module
+    name: str
+    before: Tensor
+
+    def undo(self) -> None:
+        with torch.no_grad():  # wherever the model has been moved to since, and in its dtype
+            getattr(self.module, self.name).copy_(self.before)
+
+
+_Change = _Class | _Attribute | _Children | _Value
 
 
 def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:

@@ -21,7 +21,13 @@ def _decodes(layer: nn.Module, config: Any) -> bool:
 
 
 def _attends_causally(layer: nn.Module, config: Any) -> bool:
-    return bool(layer.get_submodule("self_attn").is_causal)
+    """A decoder does, unless its config makes an encoder of it, as embedding models do."""
+    return bool(getattr(config, "is_causal", True))
+
+
+def _gemma3_attends_causally(layer: nn.Module, config: Any) -> bool:
+    attends = bool(layer.get_submodule("self_attn").is_causal)
+    return attends and _attends_causally(layer, config)
 
 
 def _is_text_of_clip(layer: nn.Module, config: Any) -> bool:
@@ -148,7 +154,7 @@ _register(
 )
 
 # Decoders.
-_DECODER = {"cache": "past_key_values", "causal": True}
+_DECODER = {"cache": "past_key_values", "causal": _attends_causally}
 for _name, _module, _layer, _summary in (
     ("llama", "llama", "LlamaDecoderLayer", "Llama"),
     ("mistral", "mistral", "MistralDecoderLayer", "Mistral"),
@@ -165,7 +171,7 @@ _register(
     layer=_transformers("gemma3", "Gemma3DecoderLayer"),
     **_SWIGLU,
     cache="past_key_values",
-    causal=_attends_causally,
+    causal=_gemma3_attends_causally,
 )
 _register(
     "phi3",
@@ -195,7 +201,7 @@ _register(
     down="mlp.dense_4h_to_h",
     activation="mlp.act",
     cache="layer_past",
-    causal=True,
+    causal=_attends_causally,
 )
 
 MODEL_TYPES = (

@@ -27,12 +27,7 @@ _TOKENS = 3
 
 def form_of(layer: nn.Module) -> Form | None:
     """The registered form of a layer, None if it has none (by its exact class)."""
-    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
-    forms = [form for form in map(FORMS.get, FORMS.names()) if form.layer == kind]
-    for form in forms:
-        if all(_reach(layer, path) is not None for path in _maps(form)):
-            return form
-    return forms[0] if forms else None
+    return _fitting(layer, _forms_by_layer())
 
 
 def name_of(form: Form) -> str:
@@ -42,9 +37,10 @@ def name_of(form: Form) -> str:
 
 def known_layers(model: nn.Module) -> list[tuple[str, nn.Module, Form]]:
     """Every layer of the model that has a form, with its name, in the order of the model."""
+    forms = _forms_by_layer()
     found = []
     for name, module in model.named_modules():
-        form = form_of(module)
+        form = _fitting(module, forms)
         if form is not None:
             found.append((name, module, form))
     return found
@@ -128,6 +124,23 @@ def holder_of(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
     return holder, name
 
 
+def _forms_by_layer() -> dict[str, list[Form]]:
+    """The registered forms by the class of their layer, of which some have several."""
+    found: dict[str, list[Form]] = {}
+    for form in map(FORMS.get, FORMS.names()):
+        found.setdefault(form.layer, []).append(form)
+    return found
+
+
+def _fitting(layer: nn.Module, by_layer: dict[str, list[Form]]) -> Form | None:
+    """The first form of the layer's class whose maps are all there, else the first one."""
+    forms = by_layer.get(f"{type(layer).__module__}.{type(layer).__qualname__}", [])
+    for form in forms:
+        if all(_reach(layer, path) is not None for path in _maps(form)):
+            return form
+    return forms[0] if forms else None
+
+
 def _reach(layer: nn.Module, path: str) -> Any:
     found: Any = layer
     for name in path.split("."):
@@ -146,10 +159,10 @@ def _map(layer: nn.Module, path: str) -> tuple[Tensor, Tensor | None]:
     linear = module_at(layer, path)
     weight, bias = linear.weight, linear.bias
     with torch.enable_grad():  # a view says of itself what its parameter says: trainable or not
-        return (weight.t() if _is_transposed(linear) else weight), bias  # pyright: ignore
+        return (weight.t() if is_transposed(linear) else weight), bias  # pyright: ignore
 
 
-def _is_transposed(linear: nn.Module) -> bool:
+def is_transposed(linear: nn.Module) -> bool:
     """Whether it is the Conv1D of transformers, whose weight is `[in, out]`."""
     kind = type(linear)
     return (kind.__module__, kind.__qualname__) == ("transformers.pytorch_utils", "Conv1D")
@@ -162,7 +175,7 @@ def _reasons_against_maps(layer: nn.Module, form: Form) -> list[str]:
         linear = _reach(layer, path)
         if linear is None:
             reasons.append(f"has no {path}")
-        elif type(linear) is not nn.Linear and not _is_transposed(linear):
+        elif type(linear) is not nn.Linear and not is_transposed(linear):
             reasons.append(
                 f"its {path} is a {type(linear).__qualname__}, whose weights cannot be copied as "
                 f"they are (merge adapters and dequantise first)"

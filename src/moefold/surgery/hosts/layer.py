@@ -20,13 +20,14 @@ from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moefold.moe import MoE, MoEConfig
 from moefold.surgery.hosts.base import Form, Site
 from moefold.surgery.hosts.changes import Changes
 from moefold.surgery.hosts.forms import form_of, holder_of, module_at, weights
-from moefold.surgery.hosts.masks import real_tokens
+from moefold.surgery.hosts.masks import is_packed, real_tokens
 
 MIXTURE = "moe"
 """The name of the mixture in its layer, whatever the host."""
@@ -105,34 +106,54 @@ def moe_layer(base: type[nn.Module]) -> type[nn.Module]:
         given = dict(zip(names, args, strict=False))
         given.update(kwargs)
         form: Form = self._moefold_form  # pyright: ignore
-        refuse_packed(self, given)
-        mask = None
+        hidden, told, mask = given[names[0]], None, None
         if form.mask is not None:
-            mask = real_tokens(
-                given.get(form.mask),
-                given[names[0]],
-                given.get(form.cache) if form.cache else None,
-                self._moefold_layer_index,  # pyright: ignore
-            )
+            told = given.get(form.mask)
+            cache = given.get(form.cache) if form.cache else None
+            mask = real_tokens(told, hidden, cache, self._moefold_layer_index)  # pyright: ignore
+        refuse_packed(self, given, told, mask)
         return base.forward(_through_lens(self, form, mask), *args, **kwargs)
 
     body = {"forward": forward, "__reduce__": _reduce, "__module__": base.__module__}
     return type(base.__name__, (_Mixed, base), {**body, "__doc__": base.__doc__})
 
 
-def refuse_packed(layer: nn.Module, given: Mapping[str, Any]) -> None:
-    """Raises if the batch is packed into one sequence and the router would mix its sequences.
+def refuse_packed(
+    layer: nn.Module, given: Mapping[str, Any], told: object, real: Tensor | None
+) -> None:
+    """Raises if rows of the batch hold several sequences and the router would mix them.
+
+    On a GPU and in a compiled graph what a mask says of it is checked without waiting for the
+    device: it fails there, as a RuntimeError with the same text, when the device comes to it.
+
+    Args:
+        layer: a layer with a mixture.
+        given: the arguments of its forward pass.
+        told: the attention mask among them.
+        real: which tokens are real, as the mask says it.
 
     Raises:
         ValueError: names the layer, and what to do.
     """
     moe = getattr(layer, MIXTURE)
-    if given.get("cu_seq_lens_q") is not None and moe.router.reach != "token":
-        raise ValueError(
-            f"{moe.site}: the batch is packed into one sequence, and a router that reaches the "
-            f"{moe.router.reach} would mix its sequences; pad it instead (SentenceTransformer: "
-            f"model[0].unpad_inputs = False)"
-        )
+    router = moe.own_router
+    # Where all tokens of a batch compete, it does not matter which row they are in.
+    if router is None or router.reach == "token" or router.group == "batch":
+        return
+    message = (
+        f"{moe.site}: the batch is packed, several sequences in a row, and a router that reaches "
+        f"the {router.reach} would mix them; give each sequence a row of its own and pad it "
+        f"(SentenceTransformer: model[0].unpad_inputs = False)"
+    )
+    if given.get("cu_seq_lens_q") is not None:
+        raise ValueError(message)
+    packed = is_packed(told, given.get("position_ids"), real)
+    if packed is None:
+        return
+    if torch.compiler.is_compiling() or packed.device.type in ("cuda", "meta"):
+        torch._assert_async(~packed, message)  # pyright: ignore[reportPrivateImportUsage]
+    elif packed:
+        raise ValueError(message)
 
 
 class _Lens:

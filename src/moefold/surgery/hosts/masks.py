@@ -54,9 +54,44 @@ def real_tokens(
         own = attention_mask[:, 0, 0, -tokens:]
     else:
         own = _own_keys(attention_mask[:, 0], cache, layer_index)
-    if own.is_floating_point():
-        own = own > torch.finfo(own.dtype).min / 2
-    return own.ne(0).expand(batch, tokens)
+    return _attended(own).expand(batch, tokens)
+
+
+def is_packed(
+    attention_mask: object, position_ids: object, real: Bool[Tensor, "batch tokens"] | None
+) -> Bool[Tensor, ""] | None:
+    """Whether a row holds several sequences that do not see each other.
+
+    A mask says so where a real token may not attend to the real one before it, in either
+    direction of attention. Where there is none, positions say so, as they do to transformers: a
+    token begins another sequence if its position does not follow that of the one before.
+
+    Args:
+        attention_mask: what the layer was given.
+        position_ids: positions `[batch, tokens]`, if it was given any.
+        real: what `real_tokens` says of the mask.
+
+    Returns:
+        None where nothing can say so: no mask and no positions, a cache, a single token.
+    """
+    if isinstance(attention_mask, Tensor):
+        if attention_mask.ndim != 4 or real is None:
+            return None
+        queries, keys = attention_mask.shape[2:]
+        if queries != keys or queries == 1:
+            return None
+        sees = _attended(attention_mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1))
+        return (real[:, 1:] & real[:, :-1] & ~sees).any()
+    if isinstance(position_ids, Tensor) and position_ids.ndim == 2 and position_ids.shape[1] > 1:
+        return position_ids.diff(dim=1).ne(1).any()
+    return None
+
+
+def _attended(mask: Tensor) -> Tensor:
+    """What a mask of any dtype attends to."""
+    if mask.is_floating_point():
+        return mask > torch.finfo(mask.dtype).min / 2
+    return mask.ne(0)
 
 
 def _own_keys(mask: Tensor, cache: Any, layer_index: int) -> Tensor:

@@ -13,6 +13,7 @@ moefold.upcycle(model)
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -51,8 +52,26 @@ class PlainHost(AbstractHost):
         install(site, moe, changes)
 
     def sign(self, model: nn.Module, section: Mapping[str, Any], changes: Changes) -> None:
-        """Keeps the section with the model, which has no config."""
+        """Keeps the section with the model, which has no config, and signs transformers in it.
+
+        They can be saved by themselves, and must say then what they are.
+        """
         changes.set_attribute(model, _SECTION, dict(section))
+        for prefix, inner in _transformers_inside(model).items():
+            sites = {
+                name.removeprefix(f"{prefix}."): moe
+                for name, moe in section["sites"].items()
+                if name.startswith(f"{prefix}.")
+            }
+            if sites:
+                _transformers_host().sign(inner, {**section, "sites": sites}, changes)
+
+    def unsign(self, model: nn.Module) -> None:
+        """Forgets the section, and what `sign` wrote into transformers inside."""
+        del model.__dict__[_SECTION]
+        for inner in _transformers_inside(model).values():
+            if _transformers_host().section(inner) is not None:
+                _transformers_host().unsign(inner)
 
     def section(self, model: nn.Module) -> dict[str, Any] | None:
         """What `sign` kept."""
@@ -66,10 +85,17 @@ class PlainHost(AbstractHost):
         """Nothing is known."""
         return ""
 
-    def write(self, model: nn.Module, folder: Path) -> None:
+    def write(
+        self, model: nn.Module, folder: Path, *, max_shard_size: int | str | None = None
+    ) -> None:
         """The weights, tied ones once, and the section."""
         from safetensors.torch import save_model
 
+        if max_shard_size is not None:
+            raise ValueError(
+                f"max_shard_size is {max_shard_size!r}, but a {type(model).__name__} is of no "
+                f"library that reads shards, and is written as one file; leave max_shard_size out"
+            )
         save_model(model, str(folder / WEIGHTS))
         section = json.dumps({"moefold": self.section(model)}, indent=2)
         (folder / CONFIG).write_text(section + "\n", encoding="utf-8")
@@ -86,6 +112,11 @@ class PlainHost(AbstractHost):
         """
         from safetensors.torch import load_model
 
+        if dense is not None and any(map(is_moe_layer, dense.modules())):
+            raise ValueError(
+                f"the {type(dense).__name__} given is upcycled already; give the dense model as it "
+                f"was before surgery"
+            )
         if dense is None:
             raise ValueError(
                 f"{folder} holds a model of no library, which cannot be built from here; build "
@@ -98,6 +129,7 @@ class PlainHost(AbstractHost):
             for name, moe in section["sites"].items():
                 install_saved(dense, name, moe, changes)
             self.sign(dense, section, changes)
+            _refuse_other_dtypes(dense, folder / WEIGHTS)
             load_model(dense, str(folder / WEIGHTS))
         except (RuntimeError, ValueError) as error:
             changes.undo()
@@ -106,3 +138,32 @@ class PlainHost(AbstractHost):
                 f"the model given is not the one that was saved in {folder}: {error}"
             ) from error
         return dense.eval()
+
+
+def _transformers_inside(model: nn.Module) -> Mapping[str, Any]:
+    """Models of transformers in the module; none where that library was never imported."""
+    if "transformers" not in sys.modules:
+        return {}
+    from moefold.surgery.hosts.transformer import transformers_inside
+
+    return transformers_inside(model)
+
+
+def _transformers_host() -> AbstractHost:
+    from moefold.surgery.hosts.transformer import TransformersHost
+
+    return TransformersHost()
+
+
+def _refuse_other_dtypes(model: nn.Module, file: Path) -> None:
+    """Raises if reading the weights into the model would round them."""
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as stored:
+        names = set(stored.keys())
+        for name, value in model.state_dict().items():
+            dtype = stored.get_tensor(name).dtype if name in names else value.dtype
+            if dtype != value.dtype:
+                raise ValueError(
+                    f"{name} is {value.dtype} there and {dtype} in the folder; cast the model first"
+                )

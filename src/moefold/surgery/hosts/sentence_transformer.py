@@ -1,6 +1,7 @@
 """SentenceTransformer: the transformer inside it is the host."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, final
@@ -15,7 +16,7 @@ from moefold.surgery.encoder import refuse_pickles
 from moefold.surgery.hosts.base import AbstractHost, Site
 from moefold.surgery.hosts.changes import Changes
 from moefold.surgery.hosts.forms import FORMS
-from moefold.surgery.hosts.transformer import TransformersHost
+from moefold.surgery.hosts.transformer import TransformersHost, transformers_inside
 
 
 @final
@@ -45,6 +46,11 @@ class SentenceTransformerHost(AbstractHost):
         sites = {name.removeprefix(prefix): moe for name, moe in section["sites"].items()}
         host.sign(inner, {**section, "sites": sites}, changes)
 
+    def unsign(self, model: nn.Module) -> None:
+        """Makes the transformer a dense one again."""
+        _, inner, host = _inside(model)
+        host.unsign(inner)
+
     def section(self, model: nn.Module) -> dict[str, Any] | None:
         """The section of the transformer, under the names used here."""
         prefix, inner, host = _inside(model)
@@ -64,10 +70,20 @@ class SentenceTransformerHost(AbstractHost):
         _, inner, host = _inside(model)
         return host.source(inner)
 
-    def write(self, model: nn.Module, folder: Path) -> None:
+    def write(
+        self, model: nn.Module, folder: Path, *, max_shard_size: int | str | None = None
+    ) -> None:
         """What `SentenceTransformer.save_pretrained` writes, without a model card."""
         assert isinstance(model, SentenceTransformer)
-        model.save_pretrained(str(folder), create_model_card=False)
+        _, inner, _ = _inside(model)
+        if max_shard_size is not None:  # the library has no way to say it to the module inside
+            inner.__dict__["save_pretrained"] = functools.partial(
+                inner.save_pretrained, max_shard_size=max_shard_size
+            )
+        try:
+            model.save_pretrained(str(folder), create_model_card=False)
+        finally:
+            inner.__dict__.pop("save_pretrained", None)
 
     def read(self, folder: Path) -> nn.Module:
         """Opens the folder on the CPU, in evaluation mode; refuses pickles."""
@@ -86,11 +102,7 @@ class SentenceTransformerHost(AbstractHost):
 
 def _inside(model: nn.Module) -> tuple[str, PreTrainedModel, AbstractHost]:
     """Path (with its dot), module and host of the one transformer in a SentenceTransformer."""
-    outermost: dict[str, PreTrainedModel] = {}
-    for name, module in model.named_modules():
-        nested = any(name.startswith(f"{other}.") for other in outermost)
-        if isinstance(module, PreTrainedModel) and not nested:
-            outermost[name] = module
+    outermost = transformers_inside(model)
     if len(outermost) != 1:
         found = ", ".join(f"{name} ({type(m).__name__})" for name, m in outermost.items()) or "none"
         raise ValueError(

@@ -1,12 +1,14 @@
 """Transformers: every model of the library that holds layers with a known form."""
 
 import copy
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast, final
 
 import transformers
+from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -64,6 +66,20 @@ class TransformersHost(AbstractHost):
         # older files, which it knows how to read for its own types of models only.
         changes.set_attribute(model, "_weight_conversions", [])
 
+    def unsign(self, model: nn.Module) -> None:
+        """Gives the model a config, and if it was loaded a class, that a stock library knows.
+
+        A loaded encoder-decoder made copies of its config for its two halves.
+        """
+        held = [m for m in model.modules() if auto.is_moefold_config(m.__dict__.get("config"))]
+        olds = {id(module.config): module.config for module in held}
+        stock = {key: _stock(old) for key, old in olds.items()}
+        for module in held:
+            module.__dict__["config"] = stock[id(module.config)]
+        model.__dict__.pop("_weight_conversions", None)
+        if type(model).__module__ == auto.__name__:
+            model.__class__ = type(model).__bases__[0]
+
     def section(self, model: nn.Module) -> dict[str, Any] | None:
         """The `moefold` entry of the config, its sites named as in this model."""
         assert isinstance(model, PreTrainedModel)
@@ -86,10 +102,13 @@ class TransformersHost(AbstractHost):
         assert isinstance(model, PreTrainedModel)
         return str(model.config.name_or_path or "")
 
-    def write(self, model: nn.Module, folder: Path) -> None:
+    def write(
+        self, model: nn.Module, folder: Path, *, max_shard_size: int | str | None = None
+    ) -> None:
         """What `save_pretrained` writes."""
         assert isinstance(model, PreTrainedModel)
-        model.save_pretrained(folder)
+        size: dict[str, Any] = {} if max_shard_size is None else {"max_shard_size": max_shard_size}
+        model.save_pretrained(folder, **size)
 
     def read(self, folder: Path) -> nn.Module:
         """Opens the folder with the class that wrote it, on the CPU, in evaluation mode."""
@@ -107,6 +126,25 @@ class TransformersHost(AbstractHost):
             )
         auto.config_class(CONFIG_MAPPING[kind.removeprefix(auto.PREFIX)])
         return _read_strictly(auto.model_class(base), folder)
+
+
+def _stock(config: Any) -> Any:
+    """A copy that says nothing of mixtures, of the class that a stock library knows."""
+    new = copy.deepcopy(config)
+    new.__class__ = type(config).__bases__[0]
+    new.model_type = type(new).model_type  # the instance has that of its file
+    new.__dict__.pop("moefold", None)
+    return new
+
+
+def transformers_inside(model: nn.Module) -> dict[str, PreTrainedModel]:
+    """The models of transformers in a module by their paths, none of them part of another."""
+    outermost: dict[str, PreTrainedModel] = {}
+    for name, module in model.named_modules():
+        nested = any(name.startswith(f"{other}.") for other in outermost)
+        if isinstance(module, PreTrainedModel) and not nested:
+            outermost[name] = module
+    return outermost
 
 
 def _config_around(model: nn.Module, name: str) -> Any:
@@ -128,6 +166,7 @@ def _read_strictly(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel
         trust_remote_code=False,
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # they are reported, and refused below by name
+        **_made_without(kind, folder),
     )
     model, info = cast("tuple[PreTrainedModel, dict[str, Any]]", loaded)
     wrong = {name: sorted(map(str, info[name])) for name in _WRONG if info.get(name)}
@@ -136,6 +175,18 @@ def _read_strictly(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel
             f"the weights in {folder} are not those of the model it describes: {wrong}"
         )
     return model.eval()
+
+
+def _made_without(kind: type[PreTrainedModel], folder: Path) -> dict[str, bool]:
+    """What the model in a folder was made without, as arguments of its class: no config says it."""
+    if "add_pooling_layer" not in inspect.signature(kind.__bases__[0].__init__).parameters:
+        return {}
+    names: set[str] = set()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            names.update(weights.keys())
+    pooled = any(name.startswith("pooler.") for name in names)
+    return {} if pooled else {"add_pooling_layer": False}
 
 
 _WRONG = ("missing_keys", "unexpected_keys", "mismatched_keys", "error_msgs")
