@@ -9,6 +9,7 @@ from _pytest.mark import ParameterSet
 import moefold
 from moefold import routers
 from moefold.surgery import pretrained_encoder
+from moefold.surgery.hosts import FORMS
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -39,6 +40,14 @@ def test_the_page_on_routers_names_every_router() -> None:
     text = (ROOT / "docs" / "routers.md").read_text(encoding="utf-8")
     listed = set(re.findall(r"^\| `([a-z-]+)` \|(?:[^|\n]*\|){5}$", text, re.MULTILINE))
     assert listed == set(routers.names())
+
+
+def test_the_page_on_hosts_names_every_form() -> None:
+    text = (ROOT / "docs" / "hosts.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"^\| (`[^|\n]*) \|(?:[^|\n]*\|){4}$", text, re.MULTILINE)
+    listed = set(re.findall(r"`([a-z0-9-]+)`", " ".join(first_cells)))
+    # Forms that other tests describe are registered under names with a space.
+    assert listed == {name for name in FORMS.names() if " " not in name} - {"block"}
 
 
 def test_links_between_pages_lead_somewhere() -> None:

@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
+import torch
 import tyro
 
 from moefold.cli.models import open_model
@@ -20,11 +21,13 @@ class Arguments:
     Attributes:
         model: a local folder, minilm for the packaged encoder, or a hub name owner/name.
         set: a setting of the router, name=value; may be repeated.
+        dtype: what memory is counted in, as torch names it; that of the model if not said.
         surgery: what to do to it.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] | None = None
     surgery: Surgery = field(default_factory=Surgery)
 
 
@@ -32,4 +35,5 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the verb."""
     asked = parse(Arguments, arguments, verb="plan", example=EXAMPLE)
     config = with_settings(asked.surgery.config(), asked.set)
-    print(plan(open_model(asked.model).model, config))
+    dtype = None if asked.dtype is None else getattr(torch, asked.dtype)
+    print(plan(open_model(asked.model).model, config, dtype=dtype))
