@@ -79,6 +79,17 @@ def test_by_position_needs_no_ids():
     assert torch.equal(given, chosen)
 
 
+def test_positions_count_real_tokens():
+    # 1111 / ..11 / 1.1.: the third sequence's second token has position 1, wherever it stands.
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [1, 0, 1, 0]]).bool()
+    router = routers.build("hash", dim=DIM, num_experts=8, by="position", seed=3)
+    chosen = router(torch.randn(3, 4, DIM), mask).chosen
+    assert torch.equal(chosen[1][mask[1]], chosen[0, :2])
+    assert torch.equal(chosen[2][mask[2]], chosen[0, :2])
+    assert not torch.equal(chosen[0, :2], chosen[0, 2:])
+    assert not chosen[~mask].any()
+
+
 # Random
 
 

@@ -4,13 +4,12 @@ Layouts: 1 is a real token, . is padding.
 """
 
 import copy
-import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import StaticCache
 
 import moefold
 from moefold import MoEConfig, UpcycleConfig, routers
@@ -18,6 +17,7 @@ from moefold.surgery import Copies
 from moefold.surgery.hosts import layer as moe_layers
 from moefold.surgery.hosts.masks import real_tokens
 from tests.routers.common import untyped
+from tests.surgery.decoders import checkpoint, decoder, spread_experts
 
 HIDDEN = torch.zeros(2, 3, 8)
 REAL = torch.tensor([[True, True, True], [True, False, False]])  # 111 / 1..
@@ -56,6 +56,58 @@ def test_left_padding():
     assert torch.equal(real_tokens(added(causal), HIDDEN), real)  # pyright: ignore
 
 
+# Masks of a static cache are as wide as its room. Two queries, in rows of the batch that begin
+# with 1 and with 3 tokens of padding; the own keys are in brackets.
+
+
+def filled(form: str, room: int, tokens: int) -> StaticCache:
+    cache = StaticCache(config=decoder(form).config, max_cache_len=room)
+    states = torch.zeros(2, 1, tokens, 8)
+    for layer in range(2):
+        cache.update(states, states, layer)
+    return cache
+
+
+def static_mask(*rows: str) -> torch.Tensor:
+    bits = [[[char == "1" for char in query] for query in row.split()] for row in rows]
+    return torch.tensor(bits).unsqueeze(1)
+
+
+@pytest.mark.parametrize("form", [bool, added], ids=["sdpa", "eager"])
+def test_own_keys_of_a_static_cache(form):
+    # Room for 6, with 2 tokens in it:
+    #     .1[1]...  .11[1]..
+    #     ..[.]...  ...[1]..
+    mask = static_mask(".11... .111..", "...... ...1..")
+    mask = mask if form is bool else added(mask)
+    found = real_tokens(mask, HIDDEN[:, :2], filled("llama", 6, 2), 1)
+    assert torch.equal(found, torch.tensor([[True, True], [False, True]]))  # pyright: ignore
+
+
+def test_own_keys_of_a_static_cache_with_a_window():
+    # A window of 4 over room for 20. With 1 token in it there are keys 0 to 3:
+    #     .[1]..  .1[1].
+    #     .[.]..  ..[.].
+    mask = static_mask(".1.. .11.", ".... ....")
+    found = real_tokens(mask, HIDDEN[:, :2], filled("mistral", 20, 1), 1)
+    assert torch.equal(found, torch.tensor([[True, True], [False, False]]))  # pyright: ignore
+    # With 2 tokens and 3 more it is full: keys 0 to 4, and the window begins to move.
+    #     .1[1]..  .11[1].  .111[1]
+    #     ..[.]..  ...[1].  ...1[1]
+    mask = static_mask(".11.. .111. .1111", "..... ...1. ...11")
+    found = real_tokens(mask, HIDDEN, filled("mistral", 20, 2), 1)
+    assert torch.equal(found, torch.tensor([[True] * 3, [False, True, True]]))  # pyright: ignore
+    # With 5 tokens there are keys 2 to 6 for tokens 5 and 6.
+    #     111[1].  .111[1]
+    mask = static_mask("1111. .1111", ".111. ..111")
+    found = real_tokens(mask, HIDDEN[:, :2], filled("mistral", 20, 5), 1)
+    assert torch.equal(found, torch.tensor([[True, True]] * 2))  # pyright: ignore
+    # One token at a time: keys 2 to 5, the last is its own.
+    mask = static_mask("1111", "....")
+    found = real_tokens(mask, HIDDEN[:, :1], filled("mistral", 20, 5), 1)
+    assert torch.equal(found, torch.tensor([[True], [False]]))  # pyright: ignore
+
+
 def test_one_mask_for_the_whole_batch():
     found = real_tokens(BIDIRECTIONAL[1:], HIDDEN)
     assert torch.equal(found, REAL[1:].expand(2, 3))  # pyright: ignore[reportArgumentType]
@@ -89,14 +141,6 @@ def config(name: str) -> UpcycleConfig:
     return UpcycleConfig(
         moe=MoEConfig(num_experts=4, router=router), sites="all", birth=Copies(router_std=1.0)
     )
-
-
-def spread_experts(model: nn.Module) -> None:
-    """Makes experts differ, so that a change of routing is a change of output."""
-    for module in model.modules():
-        if isinstance(module, moefold.MoE):
-            for parameter in module.experts.parameters():
-                nn.init.normal_(parameter, std=0.3)
 
 
 def padded(batch: dict, by: int) -> dict:
@@ -146,12 +190,6 @@ def test_padding_is_in_no_routing(tiny, batch):
         (routing,) = record[site]
         assert routing.mask is not None
         assert torch.equal(routing.mask, batch["attention_mask"].bool())
-
-
-def checkpoint(model: PreTrainedModel, *, reentrant: bool) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # older releases know no other name
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
 
 
 def gradients(model: nn.Module, batches: list[dict]) -> tuple[list, dict]:
@@ -208,7 +246,7 @@ def test_packed_sequences_are_refused_where_they_would_mix(tiny):
     hidden = torch.zeros(1, 3, 16)
     model = tiny()
     moefold.upcycle(model, config("expert-choice"))
-    with pytest.raises(ValueError, match=r"layer.1: the batch is packed .* reaches the group"):
+    with pytest.raises(ValueError, match=r"layer.1: the batch is packed, .* reaches the group"):
         model.encoder.layer[1](hidden, cu_seq_lens_q=lengths)
     moefold.revert(model)
     moefold.upcycle(model, config("token-choice"))

@@ -331,6 +331,14 @@ def test_a_router_that_the_task_cannot_teach(tiny, batch, config, learns):
         assert (strongest < 1e-12) == (not learns)
 
 
+def test_a_group_need_not_divide_the_tokens_of_the_trial(tiny):
+    # 3 divides no power of two, but may divide a batch.
+    made = moefold.plan(tiny(), UpcycleConfig(moe=moe("expert-choice", group=3)))
+    (mixture, _) = made.mixtures.values()
+    # Factor 2: each of 4 experts takes ceil(2 * 3 / 4) = 2 tokens of every 3.
+    assert mixture.trial.rows == 4 * 2 / 3
+
+
 def test_few_slots_are_told(tiny):
     few, enough = (
         str(moefold.plan(tiny(), UpcycleConfig(moe=moe("soft", slots=slots)))) for slots in (8, 32)

@@ -67,7 +67,9 @@ class Capacity:
         fair = self.factor * tokens * k / experts
         if self.convention == "flaxformer":
             return min(max(round(self.factor * tokens / experts), 4), tokens)
-        rows = math.ceil(fair - _SLACK)
+        # The ceiling, for less the slack no share of a few million is a whole number, in the one
+        # form that a saved program of torch.export can hold.
+        rows = math.trunc(fair - _SLACK) + 1
         if self.convention == "vmoe":
             rows = -(-rows // 4) * 4
         return min(rows, tokens)

@@ -227,7 +227,8 @@ class TopPairs:
 
     def pairs(self, tokens: int, experts: int) -> int:
         """Budget of a group of so many real tokens; halves are rounded up."""
-        return min(math.floor(self.budget * tokens + 0.5), tokens * experts)
+        # trunc is floor here, and the one of the two that a saved program of torch.export can hold.
+        return min(math.trunc(self.budget * tokens + 0.5), tokens * experts)
 
     def _pairs_of_groups(self, tokens: Tensor, experts: int) -> Tensor:
         pairs = torch.floor(tokens.double() * self.budget + 0.5).long()

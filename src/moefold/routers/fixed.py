@@ -34,7 +34,8 @@ class HashRouter(AbstractRouter):
         by: Literal["id", "position"] = "id",
         seed: int = 0,
     ) -> None:
-        super().__init__(dim, num_experts, reach="token")
+        # A position is a count of the real tokens before.
+        super().__init__(dim, num_experts, reach="past" if by == "position" else "token")
         check_k(k, num_experts)
         check_one_of("by", by, ("id", "position"))
         if isinstance(seed, bool) or not isinstance(seed, int):
@@ -58,6 +59,8 @@ class HashRouter(AbstractRouter):
         batch, tokens, _ = x.shape
         if self.by == "position":
             ids = torch.arange(tokens, device=x.device).expand(batch, tokens)
+            if mask is not None:  # padding before a sequence is no part of it
+                ids = (mask.cumsum(1) - 1).clamp_min(0)
         if ids is None:
             raise ValueError(
                 f"{self.site}: the hash router needs token ids; pass ids=[batch, tokens], or build "

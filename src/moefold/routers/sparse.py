@@ -7,7 +7,7 @@ Shapes: `batch tokens dim` in; inside, `groups members experts`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import final
+from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -135,6 +135,17 @@ class SparseRouter(AbstractRouter):
         ids: Int[Tensor, "batch tokens"] | None = None,
     ) -> Routing:
         """Route the tokens; see `AbstractRouter.forward`."""
+        return SparseRouting.from_choice(**self.pairs(x, mask))
+
+    def pairs(
+        self,
+        x: Float[Tensor, "batch tokens dim"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+    ) -> dict[str, Any]:
+        """Every pair, chosen or not, before there is a list: what `from_choice` makes a routing of.
+
+        For graphs in which a number of rows cannot depend on the data.
+        """
         self.check(x, mask)
         recipe = self.recipe
         grouping, valid = self.as_groups(x, mask)
@@ -151,19 +162,19 @@ class SparseRouter(AbstractRouter):
                 contest = recipe.adapt.shift(contest, self.state)
             chosen, wanted, most_rows = recipe.choice(contest, valid, self.training)
             weights = recipe.weight(scores, scored, clean, chosen)
-        return SparseRouting.from_choice(
-            grouping.merge(chosen),
-            grouping.merge(weights),
-            most_rows=most_rows,
-            grouping=grouping,
-            mask=mask,
-            logits=logits,
-            noisy_logits=noisy if noise_std else None,
-            noise_std=noise_std,
-            scores=grouping.merge(scores),
-            wanted=None if wanted is None else grouping.merge(wanted),
-            l1_strength=self._l1_strength(),
-        )
+        return {
+            "chosen": grouping.merge(chosen),
+            "weights": grouping.merge(weights),
+            "most_rows": most_rows,
+            "grouping": grouping,
+            "mask": mask,
+            "logits": logits,
+            "noisy_logits": noisy if noise_std else None,
+            "noise_std": noise_std,
+            "scores": grouping.merge(scores),
+            "wanted": None if wanted is None else grouping.merge(wanted),
+            "l1_strength": self._l1_strength(),
+        }
 
     def _logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = float32_or_better(x)

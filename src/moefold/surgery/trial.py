@@ -4,7 +4,7 @@ Shapes: a router is tried on random tokens, `batch tokens dim`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,8 @@ class Trial:
             that the task's loss has a gradient for them; True for a router without parameters.
         reach: how far the router looks.
         causal: whether no later token of a sequence changes an earlier one.
+        weights: the combine weights themselves, zero where an expert is not chosen: of the random
+            tokens, then of as many that are all alike; None where experts see mixtures of tokens.
     """
 
     rows: float
@@ -43,6 +45,9 @@ class Trial:
     learns: bool
     reach: str
     causal: bool
+    weights: Float[Tensor, "kinds tokens experts"] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 def try_router(moe: MoEConfig, site: Site, start: Callable[[nn.Module], None]) -> Trial:
@@ -57,10 +62,14 @@ def try_router(moe: MoEConfig, site: Site, start: Callable[[nn.Module], None]) -
         ValueError: the router cannot be built for this host, or cannot route without token ids.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        router = moe.router.build(site.dim, moe.num_experts, causal=site.causal)
+        try:
+            router = moe.router.build(site.dim, moe.num_experts, causal=site.causal)
+        except ValueError as error:
+            raise ValueError(f"{site.name}: {error}") from None
         router.site = site.name
         start(router)
-        x = torch.randn(*TRIAL, site.dim)  # a LayerNorm before the MLP makes about such tokens
+        # A LayerNorm before the MLP makes about such tokens.
+        x = torch.randn(*_trial_size(router), site.dim)
         routing = router.eval()(x)
         alike = router(x[:, :1].expand_as(x))
         learns = _learns(router, x)
@@ -76,7 +85,15 @@ def try_router(moe: MoEConfig, site: Site, start: Callable[[nn.Module], None]) -
         learns=learns,
         reach=router.reach,
         causal=router.is_causal,
+        weights=_weights(routing, alike),
     )
+
+
+def _trial_size(router: nn.Module) -> tuple[int, int]:
+    """Sequences and tokens to try a router on: the usual ones, in whole groups of its size."""
+    sequences, tokens = TRIAL
+    group = getattr(router, "group", None)
+    return (sequences, -(-tokens // group) * group) if isinstance(group, int) else TRIAL
 
 
 @torch.enable_grad()
@@ -99,6 +116,11 @@ def _learns(router: nn.Module, x: Float[Tensor, "batch tokens dim"]) -> bool:
     # Of a weight that is always one, rounding leaves about 1e-7 for each token, of random sign; of
     # one that is not, the softmax of logits near zero leaves 1 / experts of the pull.
     return strongest > 1e-3 / routing.num_experts
+
+
+def _weights(*routings: Routing) -> Tensor | None:
+    found = [r.weights.flatten(0, 1) for r in routings if isinstance(r, SparseRouting)]
+    return torch.stack(found) if found else None
 
 
 def _uncovered(routing: Routing) -> float:

@@ -96,9 +96,11 @@ def register_models(base: type[PreTrainedConfig]) -> None:
         mapping = getattr(auto, "_model_mapping", None)
         if mapping is None or base not in mapping:
             continue
-        kind = mapping[base]
-        if isinstance(kind, type) and kind.config_class is base:
-            auto.register(config_class(base), model_class(kind), exist_ok=True)
+        # One class or several, of which the Auto class takes the first unless the config says else.
+        kinds = mapping[base] if isinstance(mapping[base], tuple) else (mapping[base],)
+        made = tuple(model_class(kind) for kind in kinds if kind.config_class is base)
+        if made:
+            mapping.register(config_class(base), made[0] if len(made) == 1 else made, exist_ok=True)
 
 
 def register_configs() -> None:
