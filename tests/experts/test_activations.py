@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from transformers.activations import ACT2FN
 
 from moefold.experts import activations
@@ -68,3 +69,46 @@ def test_unknown_name_is_met_with_the_nearest():
         ValueError, match=r"unknown activation '123'; Known: gelu, .*or pass a func"
     ):
         activations.get("123")
+
+
+UNLIKE_OURS = {"gelu_10", "hardswish", "laplace", "prelu", "relu6", "sqrtsoftplus"}
+
+
+@pytest.mark.parametrize("name", sorted({*ACT2FN} - {"xielu"}))  # xielu says that it lacks CUDA
+def test_what_transformers_means_is_recognised_by_its_values(name):
+    found = activations.recognise(ACT2FN[name])
+    if name in UNLIKE_OURS:
+        assert found is None  # gelu_10 and relu6 are GELU and ReLU near zero
+    else:
+        assert found == activations.canonical("gelu_tanh" if name == "gelu_python_tanh" else name)
+
+
+def test_modules_and_functions_are_recognised():
+    assert activations.recognise(nn.GELU()) == "gelu"
+    assert activations.recognise(nn.GELU(approximate="tanh")) == "gelu_tanh"
+    assert activations.recognise(nn.LeakyReLU(0.01)) == "leaky_relu"
+    assert activations.recognise(lambda x: x.clamp_min(0)) == "relu"
+    assert activations.recognise(nn.Dropout(0.5).eval()) == "identity"
+
+
+def test_what_works_in_place_is_no_identity():
+    assert activations.recognise(nn.ReLU(inplace=True)) == "relu"
+    assert activations.recognise(nn.SiLU(inplace=True)) == "silu"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.LeakyReLU(0.2),  # near to one of ours, with another slope
+        nn.Hardtanh(-20, 20),  # an identity near zero
+        nn.GLU(),  # halves what it is given
+        nn.Linear(3, 3),
+        nn.PReLU(init=0.01).double(),  # a leaky ReLU at the moment, but it learns
+        "gelu",  # a name is no function
+        None,
+        lambda x: "nothing",
+    ],
+    ids=lambda other: type(other).__name__,
+)
+def test_what_is_none_of_ours_is_not_recognised(other):
+    assert activations.recognise(other) is None

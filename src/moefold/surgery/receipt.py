@@ -57,7 +57,7 @@ class Receipt:
 
     def __str__(self) -> str:
         """The receipt as lines of text."""
-        longest = max(map(len, self.sites))
+        longest = max(map(len, self.sites), default=0)
         return "\n".join(
             [
                 f"  {'measured':<22} on {self.inputs}: the output of the model is off by "
@@ -105,7 +105,11 @@ class Before:
 def measure_dense(
     model: nn.Module, sites: list[Site], inputs: Mapping[str, Any], described: str
 ) -> Before:
-    """Runs the dense model and keeps what its MLPs were given and made."""
+    """Runs the dense model and keeps what its MLPs were given and made.
+
+    Raises:
+        ValueError: what it returns is NaN or infinite, so that nothing can be compared with it.
+    """
     given: dict[str, Tensor] = {}
     made: dict[str, Tensor] = {}
     handles = []
@@ -119,6 +123,11 @@ def measure_dense(
     finally:
         for handle in handles:
             handle.remove()
+    if not bool(output.isfinite().all()):
+        raise ValueError(
+            f"the dense model makes NaN or infinite values of {described}; pass other inputs, or "
+            f"inputs=False for no receipt"
+        )
     return Before(inputs, described, output, given, made)
 
 
@@ -129,16 +138,18 @@ def measure_upcycled(model: nn.Module, mixtures: Mapping[str, MoE], before: Befo
         with record_routing(model) as record:
             output = output_of(model, before.inputs)
         names = {id(module): name for name, module in model.named_modules()}
-        sites = {}
+        sites, mask = {}, None
         for name, moe in mixtures.items():
             seen = record[names[id(moe)]]
             mask = seen[-1].mask if seen else None
             if name not in before.given:  # a part of the model that these inputs did not reach
                 continue
             sites[name] = _measure_site(moe, before.given[name], before.made[name], mask)
-    return Receipt(
-        inputs=before.described, error=relative_error(output, before.output), sites=sites
-    )
+    # The last mixture knows what is padding also where the inputs call their mask another name.
+    wanted = before.output
+    if "decoder_input_ids" not in before.inputs:
+        output, wanted = without_padding(output, mask), without_padding(wanted, mask)
+    return Receipt(inputs=before.described, error=relative_error(output, wanted), sites=sites)
 
 
 def _measure_site(moe: MoE, given: Tensor, made: Tensor, mask: Tensor | None) -> SiteReceipt:
@@ -164,17 +175,28 @@ def combine_mass(routing: Routing) -> Tensor:
     return routing.combine_weight.flatten(2).sum(-1)
 
 
+_COLUMNS = 2**18
+"""Columns of the flattened experts that are multiplied at a time."""
+
+
+@torch.no_grad()
 def expert_similarity(moe: MoE) -> float:
     """Mean cosine between the weights of two experts, over all pairs and matrices."""
     found = []
     for parameter in moe.experts.parameters():
-        rows = parameter.detach().flatten(1).double()
-        length = rows.norm(dim=1, keepdim=True)
-        if parameter.ndim < 3 or not bool((length > 0).all()):
+        if parameter.ndim < 3:
             continue
-        # The sum of all cosines is the length of the sum of all directions, squared.
+        rows = parameter.detach().flatten(1)
         count = rows.shape[0]
-        total = float((rows / length).sum(0).square().sum())
+        products = torch.zeros(count, count, dtype=torch.float64, device=rows.device)
+        # In parts: a copy of all experts in another dtype would be the peak of the whole surgery.
+        for part in rows.split(_COLUMNS, dim=1):
+            part = part.to(torch.promote_types(part.dtype, torch.float32))
+            products += part @ part.t()
+        length = products.diagonal().sqrt()
+        if not bool((length > 0).all()):
+            continue
+        total = float((products / length / length.unsqueeze(1)).sum())
         found.append((total - count) / (count * (count - 1)))
     return sum(found) / len(found) if found else float("nan")
 
@@ -187,12 +209,23 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
 
 def output_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """The first tensor a model returns, padding set to zero where there is a mask for it."""
-    made = model(**inputs) if not _takes_features(model) else model(dict(inputs))
-    output = _first_tensor(made)
-    mask = inputs.get("attention_mask")
+    output = first_tensor_of(model, inputs)
+    decodes = "decoder_input_ids" in inputs  # then what is returned are the decoder's tokens
+    return without_padding(
+        output, inputs.get("decoder_attention_mask" if decodes else "attention_mask")
+    )
+
+
+def without_padding(output: Tensor, mask: object) -> Tensor:
+    """The output with zeros where a mask says padding, if it is a mask for it."""
     if isinstance(mask, Tensor) and output.ndim == 3 and output.shape[:2] == mask.shape:
-        output = output * mask.unsqueeze(-1).to(output.dtype)
+        return output.masked_fill(mask.unsqueeze(-1) == 0, 0.0)  # which a product would leave NaN
     return output
+
+
+def first_tensor_of(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """The first tensor a model returns; of a SentenceTransformer, the embeddings."""
+    return _first_tensor(model(**inputs) if not _takes_features(model) else model(dict(inputs)))
 
 
 def _takes_features(model: nn.Module) -> bool:
