@@ -22,16 +22,26 @@ if TYPE_CHECKING:
     from moefold import testing
     from moefold.surgery import (
         Copies,
+        DropUpcycle,
         Form,
+        FromFineTunes,
+        FromScratch,
         Plan,
         Receipt,
+        Split,
         UpcycleConfig,
+        VirtualGroups,
+        carry_optimizer,
         describe_layer,
+        export,
+        lineage,
         load,
+        lora_targets,
         plan,
         revert,
         save,
         upcycle,
+        upcycle_folder,
     )
 
 register_when_possible()
@@ -39,16 +49,26 @@ register_when_possible()
 # Reached when first asked for: surgery and testing know other people's models.
 _LATER = {
     "Copies": "moefold.surgery",
+    "DropUpcycle": "moefold.surgery",
     "Form": "moefold.surgery",
+    "FromFineTunes": "moefold.surgery",
+    "FromScratch": "moefold.surgery",
     "Plan": "moefold.surgery",
     "Receipt": "moefold.surgery",
+    "Split": "moefold.surgery",
     "UpcycleConfig": "moefold.surgery",
+    "VirtualGroups": "moefold.surgery",
+    "carry_optimizer": "moefold.surgery",
     "describe_layer": "moefold.surgery",
+    "export": "moefold.surgery",
+    "lineage": "moefold.surgery",
     "load": "moefold.surgery",
+    "lora_targets": "moefold.surgery",
     "plan": "moefold.surgery",
     "revert": "moefold.surgery",
     "save": "moefold.surgery",
     "upcycle": "moefold.surgery",
+    "upcycle_folder": "moefold.surgery",
 }
 
 
@@ -66,16 +86,25 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "Copies",
+    "DropUpcycle",
     "Experts",
     "Form",
+    "FromFineTunes",
+    "FromScratch",
     "MoE",
     "MoEConfig",
     "Plan",
     "Receipt",
     "Record",
+    "Split",
     "UpcycleConfig",
+    "VirtualGroups",
+    "carry_optimizer",
     "describe_layer",
+    "export",
+    "lineage",
     "load",
+    "lora_targets",
     "losses",
     "metrics",
     "name_sites",
@@ -88,4 +117,5 @@ __all__ = [
     "set_loss_scale",
     "testing",
     "upcycle",
+    "upcycle_folder",
 ]

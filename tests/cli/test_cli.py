@@ -53,6 +53,8 @@ def help_of(verb: str, capsys: pytest.CaptureFixture) -> str:
 SURGERY = [
     "--alpha",
     "--backend",
+    "--birth",
+    "--birth-set",
     "--budget",
     "--capacity",
     "--capacity-factor",
@@ -74,7 +76,18 @@ FLAGS = {
     "doctor": [],
     "list": [],
     "plan": SURGERY,
-    "upcycle": sorted([*SURGERY, "--force", "--no-force", "--out", "--seed"]),
+    "upcycle": sorted(
+        [
+            *SURGERY,
+            "--force",
+            "--max-shard-size",
+            "--no-force",
+            "--no-stream",
+            "--out",
+            "--seed",
+            "--stream",
+        ]
+    ),
 }
 
 
@@ -86,7 +99,9 @@ def test_flags_are_frozen(verb, capsys):
 
 
 def test_verbs_are_frozen(capsys):
-    assert list(cli.VERBS) == ["demo", "doctor", "list", "plan", "upcycle"]
+    assert list(cli.VERBS) == [
+        *("demo", "doctor", "export", "load", "list", "save", "plan", "revert", "upcycle")
+    ]
     for words in ([], ["--help"], ["-h"]):
         assert main(words) == 0
         shown = capsys.readouterr().out

@@ -33,12 +33,21 @@ from moefold import MoE, MoEConfig, UpcycleConfig, routers
 from moefold.surgery import saved
 from moefold.surgery.hosts import auto
 from moefold.surgery.hosts.layer import is_moe_layer
+from tests.surgery.conftest import tiny_config
 
 
 def upcycled(model: nn.Module, router: str = "token-choice", **settings: object) -> nn.Module:
     moe = MoEConfig(num_experts=4, router=routers.config(router, **settings))
     moefold.upcycle(model, UpcycleConfig(moe=moe))
     return model
+
+
+def test_a_model_without_a_pooler_comes_back_without_one(tmp_path):
+    model = upcycled(BertModel(tiny_config(), add_pooling_layer=False).eval())
+    moefold.save(model, tmp_path / "moe")
+    loaded = moefold.load(tmp_path / "moe")
+    assert_same_weights(model, loaded)
+    assert not any(name.startswith("pooler") for name in loaded.state_dict())
 
 
 def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
@@ -383,6 +392,118 @@ def test_not_a_saved_folder(tiny_folder, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no moefold.json: it holds no model"):
         moefold.load(tmp_path / "empty")
+
+
+# Shards. A model that is larger than one file may be, here 20 kB, is several, with an index.
+
+
+def save_in_shards(model: nn.Module, folder: Path) -> list[str]:
+    moefold.save(model, folder, max_shard_size="20KB")
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert len(shards) >= 3
+    return shards
+
+
+@pytest.mark.parametrize("size", ["20KB", 20_000, " 0.02 mb"])
+def test_shards_come_back(tiny, tmp_path, size):
+    model = upcycled(BertForMaskedLM(tiny().config).eval())
+    moefold.save(model, tmp_path / "moe", max_shard_size=size)
+    shards = [file for file in (tmp_path / "moe").iterdir() if file.suffix == ".safetensors"]
+    index = json.loads((tmp_path / "moe" / "model.safetensors.index.json").read_text())
+    assert {file.name for file in shards} == set(index["weight_map"].values())
+    for file in shards:
+        sizes = [value.nbytes for value in load_file(file).values()]
+        assert sum(sizes) <= 20_000
+    assert_same_weights(model, moefold.load(tmp_path / "moe"))
+    assert_same_weights(model, AutoModelForMaskedLM.from_pretrained(tmp_path / "moe"))
+    files = json.loads((tmp_path / "moe" / "moefold.json").read_text())["files"]
+    assert {file.name for file in shards} | {"model.safetensors.index.json"} <= set(files)
+
+
+def test_a_sentence_transformer_in_shards(projected, tmp_path):
+    save_in_shards(upcycled(projected), tmp_path / "moe")
+    assert_same_weights(projected, moefold.load(tmp_path / "moe"))
+    assert_same_weights(projected, SentenceTransformer(str(tmp_path / "moe"), device="cpu"))
+    moefold.save(projected, tmp_path / "whole")  # the size is that of one save, not the model's
+    assert (tmp_path / "whole" / "model.safetensors").is_file()
+
+
+def test_from_shards_to_one_file_and_back(tiny, tmp_path):
+    old, new = upcycled(tiny()), upcycled(tiny(), "soft")
+    shards = save_in_shards(old, tmp_path / "moe")
+    moefold.save(new, tmp_path / "moe")
+    assert not any((tmp_path / "moe" / name).exists() for name in shards)
+    assert_same_weights(new, moefold.load(tmp_path / "moe"))
+    save_in_shards(old, tmp_path / "moe")
+    assert not (tmp_path / "moe" / "model.safetensors").exists()
+    assert_same_weights(old, moefold.load(tmp_path / "moe"))
+
+
+def move_in_the_index(folder: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    first, *_, last = index["weight_map"]
+    index["weight_map"][first] = index["weight_map"][last]
+    file.write_text(json.dumps(index))
+
+
+def lose_from_the_index(folder: Path) -> None:
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    lost = next(n for n, f in index["weight_map"].items() if f.startswith("model-00001"))
+    there = index["weight_map"][lost]
+    index["weight_map"] = {n: f for n, f in index["weight_map"].items() if f != there}
+    file.write_text(json.dumps(index))
+    rehash(folder)
+
+
+def lose_the_index(folder: Path) -> None:
+    (folder / "model.safetensors.index.json").unlink()
+
+
+def flip_a_bit_of_the_second(folder: Path) -> None:
+    file = sorted(folder.glob("*.safetensors"))[1]
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(bytes(content))
+
+
+def add_a_shard(folder: Path) -> None:
+    save_file({"x": torch.zeros(1)}, folder / "model-00009-of-00009.safetensors")
+
+
+SHARD_DAMAGE = {
+    move_in_the_index: "model.safetensors.index.json is not what was saved: its sha256 is",
+    lose_from_the_index: r"the weights in .* are not those of the model it describes: .*missing",
+    lose_the_index: "lacks model.safetensors.index.json, which moefold.json lists",
+    flip_a_bit_of_the_second: r"model-00002-of-0000\d.safetensors is not what was saved",
+    add_a_shard: r"holds model-00009-of-00009.safetensors, which moefold.json does not list",
+}
+
+
+@pytest.mark.parametrize("spoil", SHARD_DAMAGE, ids=lambda spoil: spoil.__name__)
+def test_damage_to_shards_is_noticed(tiny, tmp_path, spoil):
+    save_in_shards(upcycled(tiny()), tmp_path / "moe")
+    spoil(tmp_path / "moe")
+    with pytest.raises(ValueError, match=SHARD_DAMAGE[spoil]):
+        moefold.load(tmp_path / "moe")
+
+
+@pytest.mark.parametrize("size", [0, -1, True, "5", "0GB", "many GB", "5 potatoes"])
+def test_what_is_no_size(tiny, tmp_path, size):
+    with pytest.raises(ValueError, match=r"max_shard_size is .*; it must be a number of bytes, or"):
+        moefold.save(upcycled(tiny()), tmp_path / "moe", max_shard_size=size)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_of_no_library_is_one_file(tmp_path):
+    from transformers.models.bert.modeling_bert import BertEncoder
+
+    model = BertEncoder(tiny_config())  # a module like any other, with layers of a known form
+    moefold.upcycle(model, inputs=False)
+    with pytest.raises(ValueError, match=r"max_shard_size is 10, but a BertEncoder is of no libr"):
+        moefold.save(model, tmp_path / "moe", max_shard_size=10)
+    assert list(tmp_path.iterdir()) == []
 
 
 # Crashes.

@@ -1,7 +1,9 @@
 """The settings of surgery as flags, shared by `plan` and `upcycle`."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -9,6 +11,7 @@ import tyro
 from moefold import routers
 from moefold.moe import MoEConfig
 from moefold.surgery import Copies, UpcycleConfig
+from moefold.surgery.births import BIRTHS, AbstractBirth
 
 Verb = TypeVar("Verb")
 
@@ -31,6 +34,9 @@ class Surgery:
         slots: slots of every expert, for the soft router.
         group: which tokens compete: sequence, batch, position, or a number of tokens.
         shared_width: width of an expert that every token passes; 0 for none.
+        birth: how the experts start; `moefold list births` shows all.
+        birth_set: a setting of the birth, name=value; may be repeated. Several values are parted by
+            commas, and @FILE stands for what is in a JSON file.
         router_std: standard deviation of the router's first weights.
         copy_noise_std: standard deviation of noise added to every copied expert.
         backend: how experts are computed; `moefold list backends` shows all.
@@ -48,6 +54,8 @@ class Surgery:
     slots: int | None = None
     group: str | None = None
     shared_width: int = 0
+    birth: str = Copies.kind
+    birth_set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     router_std: float = 0.02
     copy_noise_std: float = 0.0
     backend: str = "auto"
@@ -56,7 +64,7 @@ class Surgery:
         """The settings as `moefold.upcycle` takes them.
 
         Raises:
-            ValueError: the router is unknown or has no such setting.
+            ValueError: the router or the birth is unknown or has no such setting.
         """
         named = ("k", "renormalize", "capacity", "capacity_factor", "budget", "alpha", "slots")
         settings: dict[str, Any] = {name: getattr(self, name) for name in named}
@@ -71,8 +79,21 @@ class Surgery:
             shared_width=self.shared_width,
             backend=self.backend,
         )
-        birth = Copies(router_std=self.router_std, copy_noise_std=self.copy_noise_std)
-        return UpcycleConfig(moe=moe, sites=self.sites, birth=birth)
+        return UpcycleConfig(moe=moe, sites=self.sites, birth=self.born())
+
+    def born(self) -> AbstractBirth:
+        """The birth with its settings.
+
+        Raises:
+            ValueError: it is unknown or has no such setting.
+        """
+        settings: dict[str, Any] = {"router_std": self.router_std}
+        if self.birth == Copies.kind or self.copy_noise_std:
+            settings["copy_noise_std"] = self.copy_noise_std
+        for pair in self.birth_set:
+            name, text = named_text("--birth-set", pair, "fraction=0.5")
+            settings[name] = _values(text)
+        return BIRTHS.get(self.birth).from_dict(settings)
 
 
 def with_settings(config: UpcycleConfig, pairs: Sequence[str]) -> UpcycleConfig:
@@ -87,12 +108,22 @@ def with_settings(config: UpcycleConfig, pairs: Sequence[str]) -> UpcycleConfig:
     """
     given: dict[str, Any] = dict(config.moe.router.settings)
     for pair in pairs:
-        name, equals, text = pair.partition("=")
-        if not equals or not name or not text:
-            raise ValueError(f"--set {pair!r}: write name=value, as in --set k=2")
-        given[name.strip().replace("-", "_")] = _value(text.strip())
+        name, text = named_text("--set", pair, "k=2")
+        given[name] = _value(text)
     router = routers.config(config.moe.router.name, **given)
     return replace(config, moe=replace(config.moe, router=router))
+
+
+def named_text(flag: str, pair: str, example: str) -> tuple[str, str]:
+    """A setting's name, as Python spells it, and the text of its value.
+
+    Raises:
+        ValueError: there is no `=`, or nothing before or after it.
+    """
+    name, equals, text = (part.strip() for part in pair.partition("="))
+    if not equals or not name or not text:
+        raise ValueError(f"{flag} {pair!r}: write name=value, as in {flag} {example}")
+    return name.replace("-", "_"), text
 
 
 def parse(kind: type[Verb], arguments: Sequence[str], *, verb: str, example: str) -> Verb:
@@ -109,6 +140,18 @@ def parse(kind: type[Verb], arguments: Sequence[str], *, verb: str, example: str
         description=f"{what}\n\nexample:\n  $ {example}",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
     )
+
+
+def _values(text: str) -> Any:
+    """A value, several of them, or what a file says."""
+    if text.startswith("@"):
+        try:
+            return json.loads(Path(text[1:]).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{text[1:]} is no JSON file ({error})") from error
+    if "," in text:
+        return tuple(_value(part.strip()) for part in text.split(",") if part.strip())
+    return _value(text)
 
 
 def _value(text: str) -> int | float | bool | str | None:

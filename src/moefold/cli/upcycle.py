@@ -6,15 +6,30 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+import transformers
 import tyro
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from torch import nn
 
 from moefold.cli.models import open_model, outputs, relative_change
 from moefold.cli.options import Surgery, parse, with_settings
-from moefold.surgery import load, save, upcycle
-from moefold.surgery.saved import MANIFEST, refuse_foreign_folder, refuse_unwritable_folder
+from moefold.surgery import Plan, UpcycleConfig, load, save, upcycle, upcycle_folder
+from moefold.surgery.encoder import source_folder
+from moefold.surgery.saved import (
+    MANIFEST,
+    check_shard_size,
+    refuse_foreign_folder,
+    refuse_unwritable_folder,
+)
 
 EXAMPLE = "moefold upcycle minilm --out minilm-moe --num-experts 4 --sites last:2"
 
@@ -28,6 +43,10 @@ class Arguments:
         out: folder to write; moefold.load opens it.
         force: replace the folder if it holds an upcycled model.
         seed: of the router's first weights.
+        stream: read and write one shard after the other, for a folder larger than memory; the
+            model is then not run.
+        max_shard_size: bytes of a file of weights, or text such as 5GB; 50GB, streaming 5GB, if not
+            said.
         set: a setting of the router, name=value; may be repeated.
         surgery: what to do to the model.
     """
@@ -36,6 +55,8 @@ class Arguments:
     out: Path
     force: bool = False
     seed: int = 0
+    stream: bool = False
+    max_shard_size: str | None = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     surgery: Surgery = field(default_factory=Surgery)
 
@@ -53,8 +74,14 @@ def main(arguments: Sequence[str]) -> None:
     refuse_unwritable_folder(asked.out)
     if (asked.out / MANIFEST).is_file() and not asked.force:
         raise ValueError(f"{asked.out} holds an upcycled model; add --force to replace it")
+    size = asked.max_shard_size
+    size = int(size) if size is not None and size.isdecimal() else size
+    check_shard_size(size)
     torch.manual_seed(asked.seed)
     console = Console()
+    if asked.stream:
+        _stream(asked, config, size, console)
+        return
     with _progress(console) as progress:
         step = progress.add_task(f"opening {asked.model}", total=None)
         opened = open_model(asked.model)
@@ -65,14 +92,43 @@ def main(arguments: Sequence[str]) -> None:
         progress.update(step, description="computing the output at birth")
         after = outputs(opened)
         progress.update(step, description=f"writing {asked.out}")
-        save(opened.model, asked.out, tokenizer=opened.tokenizer)
+        save(opened.model, asked.out, tokenizer=opened.tokenizer, max_shard_size=size)
         progress.update(step, description="reading it back")
         _check_weights(opened.model, load(asked.out), asked.out)
-    for line in str(done).splitlines():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    _print_plan(console, done)
     change = relative_change(before, after)
     print(f"  {'change of output':<22} {change:.1e} of its length, on sample texts")
     print(f"wrote {asked.out}; read back, every weight is the same: moefold.load opens it")
+
+
+def _stream(
+    asked: Arguments, config: UpcycleConfig, size: int | str | None, console: Console
+) -> None:
+    transformers.utils.logging.disable_progress_bar()
+    folder = source_folder(asked.model)
+    if folder is None:
+        raise ValueError(
+            f"--stream reads a local folder, and {asked.model} is a name on the hub; fetch it "
+            f"first: hf download {asked.model} --local-dir FOLDER"
+        )
+    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True) as progress:
+        step = progress.add_task(f"writing {asked.out}", total=None)
+        sized = {} if size is None else {"max_shard_size": size}
+        done = upcycle_folder(
+            folder,
+            asked.out,
+            config,
+            **sized,
+            progress=lambda done, total: progress.update(step, completed=done, total=total),
+        )
+    _print_plan(console, done)
+    print(f"wrote {asked.out}: moefold.load opens it")
+
+
+def _print_plan(console: Console, plan: Plan) -> None:
+    for line in str(plan).splitlines():
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _check_weights(saved: nn.Module, loaded: nn.Module, folder: Path) -> None:

@@ -1,7 +1,8 @@
 """The saved form of an upcycled model: a folder of JSON and safetensors, nothing that runs.
 
     config.json, model.safetensors, ...   as the host's own library writes them, of a type that is
-                                          known only where moefold is imported
+                                          known only where moefold is imported; large weights in
+                                          shards, with an index
     moefold.json                          what was done to what, and the sha256 of every file above
 
 Saving is atomic: the folder is written beside its place and then exchanged for what is there, so a
@@ -14,10 +15,12 @@ import ctypes
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,7 +49,11 @@ _STALE = 24 * 3600.0
 
 
 def save(
-    model: nn.Module, folder: str | Path, *, tokenizer: "PreTrainedTokenizerBase | None" = None
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    max_shard_size: int | str | None = None,
 ) -> None:
     """Writes an upcycled model into a folder, atomically.
 
@@ -58,12 +65,16 @@ def save(
         folder: where; a folder that `save` wrote earlier is replaced, any other must be empty. A
             link stays, and what it leads to is replaced.
         tokenizer: written beside a bare transformer; a SentenceTransformer brings its own.
+        max_shard_size: bytes that a file of weights holds at most, or text such as "5GB"; as much
+            as the model's own library likes if None (transformers: 50GB). A larger tensor has a
+            file of its own.
 
     Raises:
         ValueError: the model is not upcycled, or the folder holds something else, or is the
-            current directory or one above it.
+            current directory or one above it; the size is none, or the host knows no shards.
     """
     folder = Path(folder).resolve()
+    check_shard_size(max_shard_size)
     host = find_host(model)
     section = host.section(model)
     if section is None:
@@ -72,13 +83,8 @@ def save(
             f"a dense model with its own save_pretrained"
         )
     refuse_foreign_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
-    staging = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
-    new = staging / "new"  # not `staging` itself, which nobody else may read
-    try:
-        new.mkdir()
-        host.write(model, new)
+    with written_whole(folder) as new:
+        host.write(model, new, max_shard_size=max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         manifest = {
@@ -91,6 +97,21 @@ def save(
             "files": {name: sha256_of(new / name) for name in _files(new)},
         }
         (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder to write into, which takes the place of `folder` at the end.
+
+    A process that dies at any moment leaves what was there before, or all of what is new.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
+    staging = Path(tempfile.mkdtemp(prefix=_prefix(folder), dir=folder.parent))
+    new = staging / "new"  # not `staging` itself, which nobody else may read
+    try:
+        new.mkdir()
+        yield new
         _sync(new)
         _put_in_place(new, folder)
     except BaseException:
@@ -243,6 +264,25 @@ def refuse_unwritable_folder(folder: Path) -> None:
         ) from error
 
 
+def check_shard_size(size: int | str | None) -> None:
+    """Refuses what is no size of a file.
+
+    Raises:
+        ValueError: names the size and what is allowed.
+    """
+    text = number = False
+    if isinstance(size, str):
+        found = re.fullmatch(r"\s*(\d*\.?\d+)\s*[kmgt]b\s*", size.lower())
+        text = found is not None and float(found[1]) > 0
+    elif isinstance(size, int) and not isinstance(size, bool):
+        number = size > 0
+    if not (size is None or text or number):
+        raise ValueError(
+            f"max_shard_size is {size!r}; it must be a number of bytes, or a number with a unit, "
+            f"KB, MB, GB or TB, as in '5GB'"
+        )
+
+
 def _what_it_is(folder: Path) -> str:
     """Says what a folder without a manifest seems to be, and what opens it."""
     config = folder / "config.json"
@@ -365,9 +405,11 @@ def _recover(folder: Path) -> None:
 
 __all__ = [
     "MANIFEST",
+    "check_shard_size",
     "load",
     "read_manifest",
     "refuse_foreign_folder",
     "refuse_unwritable_folder",
     "save",
+    "written_whole",
 ]
