@@ -234,6 +234,7 @@ def draft(
         )
     host = find_host(model)
     refuse_second_surgery(model)
+    config.birth.check(model)
     sites = host.sites(model)
     taken = choose_sites(sites, config.sites)
     refused = [f"{s.name} {'; '.join(s.reasons_against)}" for s in taken if s.reasons_against]

@@ -5,8 +5,9 @@ Shapes: `experts` experts of inner width `width` on tokens of width `dim`.
 
 import abc
 import dataclasses
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from moefold.moe import MoE, MoEConfig
 from moefold.registry import Registry
+from moefold.routers import RouterConfig, routers
 from moefold.routers.base import check_one_of
 from moefold.surgery.hosts import DenseMLP, Site
 from moefold.surgery.trial import Trial
@@ -37,6 +39,10 @@ class AbstractBirth(abc.ABC):
     router_start: str = "normal"
 
     kind: ClassVar[str]
+    new_experts: ClassVar[bool] = False
+    """Whether the experts hold nothing of the MLP, and are trainable where that is frozen."""
+    reads_models: ClassVar[bool] = False
+    """Whether `complete` does something, for which the model must be in memory."""
 
     def __post_init__(self) -> None:
         check_std("router_std", self.router_std)
@@ -56,8 +62,19 @@ class AbstractBirth(abc.ABC):
         return with_geometry(config, site, site.width)
 
     @abc.abstractmethod
-    def fill(self, moe: MoE, site: Site) -> None:
-        """Gives the experts of a new mixture their weights; no storage is shared with the host."""
+    def fill(self, moe: MoE, config: MoEConfig, site: Site) -> None:
+        """Gives the experts of a new mixture their weights; no storage is shared with the host.
+
+        Args:
+            moe: the mixture, its router started.
+            config: what `fit` returned.
+            site: where the MLP is.
+        """
+
+    @property
+    def alters_rest(self) -> bool:
+        """Whether `complete` sets weights that stay in the model."""
+        return False
 
     def start_router(self, router: nn.Module) -> None:
         """Draws the router's `weight` anew, if it has one."""
@@ -71,6 +88,35 @@ class AbstractBirth(abc.ABC):
             config: what `fit` returned.
             trial: how its router routes random tokens at birth.
         """
+
+    def check(self, model: nn.Module) -> None:  # noqa: B027 - most births refuse no model
+        """Refuses a model that this birth cannot be carried out on; nothing to refuse for most.
+
+        Raises:
+            ValueError: says what stands against it.
+        """
+
+    def complete(
+        self, model: nn.Module, mixtures: Mapping[str, MoE], sites: Sequence[Site]
+    ) -> dict[str, Tensor]:
+        """Gives mixtures that are filled what comes from elsewhere than one MLP: other models.
+
+        Called once for each surgery, before the model is touched, which is left as it is.
+
+        Args:
+            model: the dense model.
+            mixtures: by name of the site.
+            sites: the sites that are taken.
+
+        Returns:
+            New values of weights that stay in the model, by their names; surgery sets them, and
+            `revert` sets the old ones again. Most births have none.
+        """
+        return {}
+
+    def signed(self) -> dict[str, Any]:
+        """What is saved with the model: `to_dict`, without what is nobody else's business."""
+        return self.to_dict()
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON data, tagged by `kind`."""
@@ -87,7 +133,12 @@ class AbstractBirth(abc.ABC):
         kind = settings.pop("kind", cls.kind)
         if kind != cls.kind:
             raise ValueError(f"this is a birth of kind {kind!r}, not {cls.kind!r}")
-        return cls(**known_settings(cls, settings))
+        return cls(**{name: _frozen(v) for name, v in known_settings(cls, settings).items()})
+
+
+def _frozen(value: Any) -> Any:
+    """A value as JSON gives it, with tuples for lists."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 
 BIRTHS: Registry[type[AbstractBirth]] = Registry("birth", AbstractBirth)
@@ -128,8 +179,9 @@ def born(config: MoEConfig, site: Site, birth: AbstractBirth) -> MoE:
         moe.shared.reset_parameters()
     moe.to(site.mlp.up.dtype)
     birth.start_router(moe.router)
-    birth.fill(moe, site)
-    freeze_as(moe, site.mlp)
+    birth.fill(moe, config, site)
+    if not birth.new_experts:
+        freeze_as(moe, site.mlp)
     silence_shared(moe)
     return moe
 
@@ -195,16 +247,29 @@ def silence_shared(moe: MoE) -> None:
                 parameter.zero_()
 
 
-@torch.no_grad()
 def start_router(router: nn.Module, birth: AbstractBirth) -> None:
     """Draws the router's `weight` anew, if it has one, as the birth says.
 
     Raises:
         ValueError: orthogonal rows are asked for, and there are more experts than dimensions.
     """
-    weight = dict(router.named_parameters()).get("weight")
-    if weight is None:
-        return
+    weight = weight_of(router)
+    if weight is not None:
+        start_rows(weight, birth)
+
+
+def weight_of(router: nn.Module) -> Tensor | None:
+    """The `weight` of a router, a row for each expert; None for one that has no such thing."""
+    return dict(router.named_parameters()).get("weight")
+
+
+@torch.no_grad()
+def start_rows(weight: Tensor, birth: AbstractBirth) -> None:
+    """Draws the rows of a router anew, as the birth says.
+
+    Raises:
+        ValueError: orthogonal rows are asked for, and there are more of them than dimensions.
+    """
     std = birth.router_std
     if birth.router_start == "normal":
         nn.init.normal_(weight, std=std)
@@ -220,6 +285,47 @@ def start_router(router: nn.Module, birth: AbstractBirth) -> None:
                 f"right angles; use 'normal', or at most {dim} experts"
             )
         nn.init.orthogonal_(weight, gain=std * math.sqrt(dim))
+
+
+def experts_per_token(router: RouterConfig) -> float | None:
+    """How many experts a token takes: `k` or, on average, `budget`; None for other routers."""
+    parameters = inspect.signature(routers.get(router.name)).parameters
+    for name in ("k", "budget"):
+        default = parameters[name].default if name in parameters else None
+        value = router.settings.get(name, default)
+        if isinstance(value, int | float):
+            return float(value)
+    return None
+
+
+def divided(site: Site, parts: int, what: str) -> int:
+    """The width of one part of the site's MLP.
+
+    Raises:
+        ValueError: the width does not divide; names the numbers that do, near the one asked for.
+    """
+    if site.width % parts == 0:
+        return site.width // parts
+    divisors = [n for n in range(1, site.width + 1) if site.width % n == 0]
+    near = sorted(sorted(divisors, key=lambda n: abs(n - parts))[:4])
+    raise ValueError(
+        f"{site.name}: the MLP is {site.width} wide, which {what} does not divide; it can be cut "
+        f"into {', '.join(map(str, near))} parts, for instance"
+    )
+
+
+def refuse_width(config: MoEConfig, site: Site, width: int, parts: int) -> None:
+    """Refuses another width of an expert than that of one part of the MLP.
+
+    Raises:
+        ValueError: names both widths.
+    """
+    if config.expert_width not in (None, width):
+        raise ValueError(
+            f"{site.name}: expert_width is {config.expert_width}, but an MLP of width {site.width} "
+            f"in {parts} parts makes experts of width {width}; leave expert_width out or say "
+            f"{width}"
+        )
 
 
 def check_std(name: str, value: object) -> None:

@@ -37,7 +37,7 @@ class Copies(AbstractBirth):
         check_std("copy_noise_std", self.copy_noise_std)
 
     @torch.no_grad()
-    def fill(self, moe: MoE, site: Site) -> None:
+    def fill(self, moe: MoE, config: MoEConfig, site: Site) -> None:
         """Copies the MLP into every expert."""
         assert site.mlp is not None
         for name, parameter in stacked(moe).items():
@@ -58,14 +58,21 @@ def equal_experts_keep(config: MoEConfig, trial: Trial, because: str) -> tuple[b
     low, high = trial.mass
     if trial.mixes:
         return False, "experts see mixtures of tokens"
-    if trial.uncovered:
-        return False, f"no expert takes {trial.uncovered:.1%} of random tokens"
-    if trial.uncovered_alike:
-        return False, f"no expert takes {trial.uncovered_alike:.1%} of tokens that are all alike"
+    if left := left_out(trial):
+        return False, left
     # The weights are float32 and there are at most `num_experts` of them.
     if max(abs(low - 1), abs(high - 1)) > config.num_experts * torch.finfo(torch.float32).eps:
         return False, f"combine weights of a token sum to {low:.2f} ... {high:.2f}, not to 1"
     return True, f"{because} and the combine weights of every token sum to 1"
+
+
+def left_out(trial: Trial) -> str:
+    """Which tokens no expert takes, as a reason; empty if all are taken."""
+    if trial.uncovered:
+        return f"no expert takes {trial.uncovered:.1%} of random tokens"
+    if trial.uncovered_alike:
+        return f"no expert takes {trial.uncovered_alike:.1%} of tokens that are all alike"
+    return ""
 
 
 def fill_with(stack: Tensor, weight: Tensor | None) -> None:

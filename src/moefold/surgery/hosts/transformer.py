@@ -177,7 +177,7 @@ def _read_strictly(kind: type[PreTrainedModel], folder: Path) -> PreTrainedModel
     return model.eval()
 
 
-def _made_without(kind: type[PreTrainedModel], folder: Path) -> dict[str, bool]:
+def _made_without(kind: type[PreTrainedModel], folder: Path) -> dict[str, Any]:
     """What the model in a folder was made without, as arguments of its class: no config says it."""
     if "add_pooling_layer" not in inspect.signature(kind.__bases__[0].__init__).parameters:
         return {}
