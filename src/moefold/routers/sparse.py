@@ -87,6 +87,53 @@ class Recipe:
         return _FURTHER[max(map(_FURTHER.index, (self.score.reach, self.choice.reach)))]
 
 
+def pairs_of(
+    router: AbstractRouter,
+    recipe: Recipe,
+    logits: Float[Tensor, "batch tokens experts"],
+    mask: Bool[Tensor, "batch tokens"] | None,
+    state: Tensor | None,
+) -> dict[str, Any]:
+    """What a recipe makes of logits: every pair, chosen or not, before there is a list of rows.
+
+    Args:
+        router: whose logits they are: it groups them, and names the layer in errors.
+        recipe: the recipe.
+        logits: in float32 or better.
+        mask: True for real tokens.
+        state: what `recipe.adapt` has learnt.
+    """
+    grouping, valid = router.as_groups(logits, mask)
+    with in_full_precision(logits.device):
+        router.check_finite(logits, mask)
+        noise_std = recipe.noise_std / router.num_experts if router.training else 0.0
+        noisy = logits + torch.randn_like(logits) * noise_std if noise_std else logits
+
+        clean, scored = grouping.split(logits), grouping.split(noisy)
+        scores = recipe.score(scored, valid)
+        contest = scores.detach()
+        if recipe.adapt is not None and state is not None:
+            contest = recipe.adapt.shift(contest, state)
+        chosen, wanted, most_rows = recipe.choice(contest, valid, router.training)
+        weights = recipe.weight(scores, scored, clean, chosen)
+    strength = None
+    if recipe.adapt is not None and state is not None:
+        strength = recipe.adapt.l1_strength(state)
+    return {
+        "chosen": grouping.merge(chosen),
+        "weights": grouping.merge(weights),
+        "most_rows": most_rows,
+        "grouping": grouping,
+        "mask": mask,
+        "logits": logits,
+        "noisy_logits": noisy if noise_std else None,
+        "noise_std": noise_std,
+        "scores": grouping.merge(scores),
+        "wanted": None if wanted is None else grouping.merge(wanted),
+        "l1_strength": strength,
+    }
+
+
 @final
 class SparseRouter(AbstractRouter):
     """Routes by a recipe.
@@ -147,34 +194,9 @@ class SparseRouter(AbstractRouter):
         For graphs in which a number of rows cannot depend on the data.
         """
         self.check(x, mask)
-        recipe = self.recipe
-        grouping, valid = self.as_groups(x, mask)
         with in_full_precision(x.device):
             logits = self._logits(x, mask)
-            self.check_finite(logits, mask)
-            noise_std = recipe.noise_std / self.num_experts if self.training else 0.0
-            noisy = logits + torch.randn_like(logits) * noise_std if noise_std else logits
-
-            clean, scored = grouping.split(logits), grouping.split(noisy)
-            scores = recipe.score(scored, valid)
-            contest = scores.detach()
-            if recipe.adapt is not None and self.state is not None:
-                contest = recipe.adapt.shift(contest, self.state)
-            chosen, wanted, most_rows = recipe.choice(contest, valid, self.training)
-            weights = recipe.weight(scores, scored, clean, chosen)
-        return {
-            "chosen": grouping.merge(chosen),
-            "weights": grouping.merge(weights),
-            "most_rows": most_rows,
-            "grouping": grouping,
-            "mask": mask,
-            "logits": logits,
-            "noisy_logits": noisy if noise_std else None,
-            "noise_std": noise_std,
-            "scores": grouping.merge(scores),
-            "wanted": None if wanted is None else grouping.merge(wanted),
-            "l1_strength": self._l1_strength(),
-        }
+        return pairs_of(self, self.recipe, logits, mask, self.state)
 
     def _logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = float32_or_better(x)
@@ -191,11 +213,6 @@ class SparseRouter(AbstractRouter):
             nn.functional.normalize(weight, dim=-1, eps=1e-6).t()
         )
         return cosine / self.temperature.to(x.dtype).clamp_min(0.01)
-
-    def _l1_strength(self) -> Tensor | None:
-        if self.recipe.adapt is None or self.state is None:
-            return None
-        return self.recipe.adapt.l1_strength(self.state)
 
     @torch.no_grad()
     def update(self, routings: Sequence[Routing]) -> None:
