@@ -3,10 +3,12 @@
 import json
 
 import pytest
+import torch
 
-from moefold import MoEConfig, routers
+from moefold import MoEConfig, routers, upcycle
 from moefold.surgery.config import Copies, UpcycleConfig
 from tests.routers.common import untyped
+from tests.surgery.hosts.cases import CASES
 
 CONFIGS = {
     "defaults": UpcycleConfig(),
@@ -52,3 +54,31 @@ def test_unknown_settings_are_named():
         Copies.from_dict({"kind": "copies", "std": 1.0})
     with pytest.raises(ValueError, match="birth of kind 'split', not 'copies'"):
         Copies.from_dict({"kind": "split"})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"moe": "mixtral"}, r"moe is 'mixtral'; it must be a moefold.MoEConfig, as in MoEConfig\("),
+        ({"moe_at": {"a": "soft"}}, r"moe is 'soft'; it must be a moefold.MoEConfig"),
+        ({"birth": "copies"}, r"birth is 'copies'; it must be a birth with its settings, as in moef"),
+        ({"birth": Copies}, r"birth is <class .*Copies'>; it must be a birth with its settings"),
+    ],
+    ids=str,
+)
+def test_names_are_no_configs(settings, message):
+    with untyped(), pytest.raises(ValueError, match=message):
+        UpcycleConfig(**settings)
+
+
+def test_inputs_go_by_name():
+    model = CASES["bert"].build(None)
+    with untyped(), pytest.raises(ValueError, match=r"inputs is a Tensor; it must be True, False, "):
+        upcycle(model, inputs=torch.zeros(1, 2))  # pyright: ignore[reportArgumentType]
+
+
+def test_the_receipt_calls_inputs_what_it_is_told():
+    case = CASES["bert"]
+    receipt = upcycle(case.build(None), inputs=case.inputs(), inputs_are="two proverbs").receipt
+    assert receipt is not None
+    assert "measured               on two proverbs: " in str(receipt)

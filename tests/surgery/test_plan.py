@@ -97,6 +97,26 @@ def test_a_compiled_model_is_not_a_host(tiny):
         moefold.plan(torch.compile(tiny()))  # pyright: ignore[reportArgumentType]
 
 
+def test_a_model_for_several_devices_is_refused(tiny):
+    """The wrapper knows the dense weights, and would average no gradient of an expert."""
+    with pytest.raises(ValueError, match=r"the model itself is wrapped in DataParallel, which has"):
+        moefold.plan(nn.DataParallel(tiny()))
+
+
+def test_a_compiled_layer_is_refused(tiny):
+    model = tiny()
+    model.encoder.layer[1] = torch.compile(model.encoder.layer[1])
+    with pytest.raises(ValueError, match=r"encoder.layer.1 is wrapped in OptimizedModule, which"):
+        moefold.plan(model)
+
+
+def test_a_plan_is_the_same_in_inference_mode_and_on_any_default_device(tiny):
+    model = tiny()
+    expected = str(moefold.plan(model))
+    with torch.inference_mode(), torch.device("meta"):
+        assert str(moefold.plan(model)) == expected
+
+
 def test_an_unknown_activation_is_refused_by_name(tiny):
     with pytest.raises(
         ValueError, match=r"layer.1 its activation \(LaplaceActivation\) is none of"

@@ -269,3 +269,17 @@ def test_no_receipt_is_asked_for():
     section = TransformersHost().section(model)
     assert section is not None
     assert "receipt" not in section
+
+
+def test_what_is_no_number_is_null_in_json(tiny):
+    """`NaN` is no JSON: readers other than Python's would stop at the config of the model."""
+    model = tiny()
+    for layer in model.encoder.layer:
+        nn.init.zeros_(layer.intermediate.dense.weight)
+        nn.init.zeros_(layer.output.dense.weight)
+    receipt = measured(model)
+    assert math.isnan(receipt.sites["encoder.layer.1"].similarity)
+    text = json.dumps(receipt.to_dict(), allow_nan=False)
+    again = Receipt.from_dict(json.loads(text))
+    assert math.isnan(again.sites["encoder.layer.1"].similarity)
+    assert str(again) == str(receipt)

@@ -50,6 +50,46 @@ def test_every_expert_is_the_dense_mlp(tiny):
     assert torch.equal(layer.intermediate.dense.weight, dense.intermediate.dense.weight)
 
 
+def test_surgery_in_inference_mode_makes_weights_that_train(tiny, batch):
+    model = tiny()
+    with torch.inference_mode(), torch.device("meta"):
+        made = moefold.upcycle(model)
+    assert made.receipt is not None, made.unmeasured
+    model(**batch).last_hidden_state.square().sum().backward()
+    for name, parameter in model.encoder.layer[1].moe.named_parameters():
+        assert parameter.grad is not None, name
+
+
+def test_what_was_put_into_a_layer_after_surgery_stays(tiny):
+    model = tiny()
+    names = list(model.state_dict())
+    moefold.upcycle(model)
+    layer = model.encoder.layer[1]
+    layer.attention, layer.probe = copy.deepcopy(layer.attention), nn.Linear(16, 2)
+    attention, probe = layer.attention, layer.probe
+    moefold.revert(model)
+    assert layer.attention is attention
+    assert layer.probe is probe
+    assert [name for name in model.state_dict() if "probe" not in name] == names
+
+
+def test_what_was_written_into_the_config_after_surgery_stays(tiny, tmp_path):
+    model = tiny()
+    config = model.config
+    moefold.upcycle(model)
+    model.resize_token_embeddings(70)
+    model.config.pad_token_id = 7
+    moefold.revert(model)
+    assert model.config.model_type == "bert"
+    assert (model.config.vocab_size, model.config.pad_token_id) == (70, 7)
+    assert model.encoder.config is model.config
+    assert (config.vocab_size, config.pad_token_id) == (60, 0)  # others may hold it
+    model.save_pretrained(tmp_path / "dense")
+    opened = BertModel.from_pretrained(tmp_path / "dense")
+    assert opened.embeddings.word_embeddings.num_embeddings == 70
+    assert not hasattr(opened.config, "moefold")
+
+
 def test_router_and_noise_have_the_standard_deviation_asked_for(tiny):
     model = tiny(hidden_size=64, intermediate_size=256)
     dense = model.encoder.layer[3].intermediate.dense.weight.clone()

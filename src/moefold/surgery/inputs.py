@@ -25,7 +25,8 @@ def made_up_inputs(model: nn.Module) -> tuple[dict[str, Any], str] | None:
     if inner is None or config is None:
         return None
     wanted = [getattr(inner, "main_input_name", "input_ids")]
-    generator = torch.Generator().manual_seed(0)
+    # On the CPU, whatever device is the default one, where the generator is.
+    generator, cpu = torch.Generator().manual_seed(0), torch.device("cpu")
     device = next(inner.parameters()).device
     inputs: dict[str, Any] = {}
     text, vision = getattr(config, "text_config", None), getattr(config, "vision_config", None)
@@ -38,7 +39,7 @@ def made_up_inputs(model: nn.Module) -> tuple[dict[str, Any], str] | None:
             return None
         height, width = (size, size) if isinstance(size, int) else size
         dtype = next(inner.parameters()).dtype
-        pixels = torch.randn(2, channels, height, width, generator=generator)
+        pixels = torch.randn(2, channels, height, width, generator=generator, device=cpu)
         inputs["pixel_values"] = pixels.to(device, dtype)
     if "input_ids" in wanted:
         of = text or config
@@ -48,10 +49,14 @@ def made_up_inputs(model: nn.Module) -> tuple[dict[str, Any], str] | None:
         longest = min(TOKENS, int(getattr(of, "max_position_embeddings", None) or TOKENS) - 2)
         sequences = 2 if "pixel_values" in inputs else SEQUENCES
         ids = torch.randint(
-            min(5, vocabulary - 1), vocabulary, (sequences, longest), generator=generator
+            min(5, vocabulary - 1),
+            vocabulary,
+            (sequences, longest),
+            generator=generator,
+            device=cpu,
         )
         lengths = [longest, longest - longest // 4, max(1, longest // 2), 1][:sequences]
-        mask = torch.arange(longest) < torch.tensor(lengths).unsqueeze(1)
+        mask = torch.arange(longest, device=cpu) < torch.tensor(lengths, device=cpu).unsqueeze(1)
         inputs["input_ids"] = ids.to(device)
         inputs["attention_mask"] = mask.long().to(device)
         if getattr(config, "is_encoder_decoder", False):

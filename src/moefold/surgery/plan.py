@@ -15,7 +15,7 @@ from torch import nn
 from moefold import routers
 from moefold.moe import MoE, MoEConfig
 from moefold.surgery.config import UpcycleConfig
-from moefold.surgery.hosts import AbstractHost, Site, find_host
+from moefold.surgery.hosts import AbstractHost, Site, find_host, refuse_wrapped
 from moefold.surgery.hosts.forms import name_of
 from moefold.surgery.receipt import Receipt
 from moefold.surgery.sites import choose_sites, matches
@@ -145,8 +145,7 @@ class Plan:
             _line(f"weights, {memory}", before.weight_bytes, after.weight_bytes, "B"),
             _line("training with AdamW", before.training_bytes, after.training_bytes, "B"),
         ]
-        for mixture in self._distinct():
-            lines += self._about(mixture)
+        lines += self._about_routers()
         lines.append(f"  {'at birth':<22} {kept}: {self.why}")
         if self.receipt is not None:
             lines += str(self.receipt).splitlines()
@@ -168,24 +167,34 @@ class Plan:
         ]
         return " or ".join(dict.fromkeys(each))
 
-    def _about(self, mixture: PlannedMixture) -> list[str]:
+    def _about_routers(self) -> list[str]:
+        """What is said of each router, once where the same is said of all."""
+        mixtures = self._distinct()
+        said = [self._about(mixture, "") for mixture in mixtures]
+        if all(lines == said[0] for lines in said):
+            return said[0]
+        names = [mixture.moe.router.name for mixture in mixtures]
+        lines = []
+        for mixture, name in zip(mixtures, names, strict=True):
+            whose = name if names.count(name) == 1 else spelled_out(mixture.moe.router)
+            lines += self._about(mixture, f"{whose}{' (causal)' if mixture.causal else ''}: ")
+        return lines
+
+    def _about(self, mixture: PlannedMixture, of: str) -> list[str]:
         trial = mixture.trial
         sight = "no later token" if trial.causal else "later tokens too (not for decoders)"
-        of = f", {mixture.moe.router.name}" if len(self._distinct()) > 1 else ""
-        if of and mixture.causal:
-            of += " (causal)"
-        lines = [f"  {'rows per token':<22} {trial.rows:.2f}{of}"]
+        lines = [f"  {'rows per token':<22} {of}{trial.rows:.2f}"]
         if trial.mixes and trial.rows < 1:
             lines.append(
-                f"  {'slots':<22} fewer rows than tokens: {TRIAL[1]} tokens share "
+                f"  {'slots':<22} {of}fewer rows than tokens: {TRIAL[1]} tokens share "
                 f"{trial.rows * TRIAL[1]:.0f}; more slots make more"
             )
         if not trial.learns:
             lines.append(
-                f"  {'training':<22} the router gets no gradient from the task: no combine weight "
-                f"depends on it (one expert, renormalised: always 1)"
+                f"  {'training':<22} {of}the router gets no gradient from the task: no combine "
+                f"weight depends on it (one expert, renormalised: always 1)"
             )
-        return [*lines, f"  {'router looks at':<22} the {trial.reach}, {sight}{of}"]
+        return [*lines, f"  {'router looks at':<22} {of}the {trial.reach}, {sight}"]
 
 
 def spelled_out(router: routers.RouterConfig) -> str:
@@ -204,6 +213,7 @@ def spelled_out(router: routers.RouterConfig) -> str:
     return str(routers.RouterConfig(router.name, {**shown, **router.settings}))
 
 
+@torch.inference_mode(False)  # in which nothing has a gradient, and the router none to be seen
 def plan(
     model: nn.Module, config: UpcycleConfig | None = None, *, dtype: torch.dtype | None = None
 ) -> Plan:
@@ -216,8 +226,9 @@ def plan(
 
     Raises:
         ValueError: the config is not an `UpcycleConfig`; no host for the model; it is upcycled
-            already; the sites asked for are not there or cannot be taken; the mixture does not fit
-            them; a router looks at later tokens where the host must not.
+            already, or wrapped (compiled, sharded, for several processes); the sites asked for are
+            not there or cannot be taken; the mixture does not fit them; a router looks at later
+            tokens where the host must not.
     """
     return draft(model, config or UpcycleConfig(), dtype)[0]
 
@@ -233,6 +244,7 @@ def draft(
             f"{'; ' if hint else ''}{hint}"
         )
     host = find_host(model)
+    refuse_wrapped(model)
     refuse_second_surgery(model)
     config.birth.check(model)
     sites = host.sites(model)
@@ -292,8 +304,8 @@ def _plan_mixtures(taken: Sequence[Site], config: UpcycleConfig) -> dict[str, Pl
         mixtures[site.name] = trials[key]
     if unused:
         raise ValueError(
-            f"moe_at {', '.join(map(repr, unused))} matches no site that is taken; they are "
-            f"{', '.join(mixtures)}"
+            f"moe_at (--router-at) {', '.join(map(repr, unused))} matches no site that is taken; "
+            f"they are {', '.join(mixtures)}"
         )
     return mixtures
 

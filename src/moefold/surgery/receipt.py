@@ -8,6 +8,7 @@ Shapes: `tokens dim` are the real tokens an MLP was given, `rows` those of one e
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,14 +73,30 @@ class Receipt:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON data."""
-        return dataclasses.asdict(self)
+        """As JSON data, null for what is no finite number."""
+        sites = {name: dataclasses.asdict(site) for name, site in self.sites.items()}
+        return {
+            "inputs": self.inputs,
+            "error": _finite(self.error),
+            "sites": {n: {k: _finite(v) for k, v in site.items()} for n, site in sites.items()},
+        }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "Receipt":
         """The inverse of `to_dict`."""
-        sites = {name: SiteReceipt(**site) for name, site in data["sites"].items()}
-        return cls(inputs=data["inputs"], error=data["error"], sites=sites)
+        sites = {
+            name: SiteReceipt(**{key: _number(value) for key, value in site.items()})
+            for name, site in data["sites"].items()
+        }
+        return cls(inputs=data["inputs"], error=_number(data["error"]), sites=sites)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else value
 
 
 @dataclass(slots=True, eq=False)

@@ -57,7 +57,7 @@ def _matching(sites: Sequence[Site], spec: str) -> list[Site]:
     near = difflib.get_close_matches(spec, SPECS, n=1, cutoff=0.7)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ValueError(
-        f"sites {spec!r} matches no site; {hint}Use {', '.join(map(repr, SPECS))} or an expression "
+        f"sites '{spec}' matches no site; {hint}Use {', '.join(map(repr, SPECS))} or an expression "
         f"that matches some of: {', '.join(site.name for site in sites)}"
     )
 
@@ -71,4 +71,4 @@ def matches(pattern: str, name: str) -> bool:
     try:
         return re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) is not None
     except re.error as error:
-        raise ValueError(f"sites {pattern!r} is not a regular expression ({error})") from error
+        raise ValueError(f"sites '{pattern}' is not a regular expression ({error})") from error

@@ -110,7 +110,7 @@ def upcycle_folder(
 
     promises = {name: _promise(name, value, keep) for name, value in state.items()}
     inner.__dict__["state_dict"] = lambda: dict(promises)  # a new one, which the writer empties
-    tokenizer = None if prefix else on_disk.open_tokenizer(folder)
+    tokenizer = None if prefix else on_disk.open_processor(folder)
     save(model, out, tokenizer=tokenizer, max_shard_size=max_shard_size)
     births.leave_random_state()
     why = "it was never whole in memory; moefold.load opens it"

@@ -61,7 +61,8 @@ def try_router(moe: MoEConfig, site: Site, start: Callable[[nn.Module], None]) -
     Raises:
         ValueError: the router cannot be built for this host, or cannot route without token ids.
     """
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
+    # On the CPU, whatever device is the default one.
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), torch.device("cpu"):
         try:
             router = moe.router.build(site.dim, moe.num_experts, causal=site.causal)
         except ValueError as error:

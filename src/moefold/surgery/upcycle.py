@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from moefold.surgery.births import born
@@ -28,11 +29,13 @@ CHANGES = "_moefold_changes"
 """The attribute of an upcycled model that holds what surgery altered."""
 
 
+@torch.inference_mode(False)  # in which weights would be made that can never be trained
 def upcycle(
     model: nn.Module,
     config: UpcycleConfig | None = None,
     *,
     inputs: Mapping[str, Any] | bool = True,
+    inputs_are: str = "the inputs given",
 ) -> Plan:
     """Turns the chosen MLPs of the model into mixtures of experts, in place.
 
@@ -48,6 +51,7 @@ def upcycle(
         config: what to do; the defaults of `UpcycleConfig` if None.
         inputs: arguments of the model's forward that the receipt is measured on, as a tokenizer
             returns them; True for made-up ones, False for no receipt.
+        inputs_are: what the receipt calls them.
 
     Returns:
         The plan that was carried out, with its receipt.
@@ -57,7 +61,7 @@ def upcycle(
     """
     config = config or UpcycleConfig()
     made, host, taken = draft(model, config)
-    before = _run_dense(model, taken, inputs)
+    before = _run_dense(model, taken, inputs, inputs_are)
     if isinstance(before, str):
         made, before = dataclasses.replace(made, unmeasured=before), None
     mixtures = {site.name: born(made.mixtures[site.name].moe, site, config.birth) for site in taken}
@@ -99,7 +103,7 @@ def section_of(made: Plan, source: str) -> dict[str, Any]:
 
 
 def _run_dense(
-    model: nn.Module, taken: list[Site], inputs: Mapping[str, Any] | bool
+    model: nn.Module, taken: list[Site], inputs: Mapping[str, Any] | bool, inputs_are: str
 ) -> Before | str | None:
     """The half of the receipt that must be measured before surgery; a reason if it cannot be."""
     if inputs is False:
@@ -107,7 +111,12 @@ def _run_dense(
     if any(p.device.type == "meta" for p in model.parameters()):
         return "the weights are on the device 'meta'"
     if inputs is not True:
-        return measure_dense(model, taken, inputs, "the inputs given")
+        if not isinstance(inputs, Mapping):
+            raise ValueError(
+                f"inputs is a {type(inputs).__name__}; it must be True, False, or the arguments of "
+                f"the model's forward by name, as in inputs={{'input_ids': ids}}"
+            )
+        return measure_dense(model, taken, inputs, inputs_are)
     made_up = made_up_inputs(model)
     if made_up is None:
         return "the model does not say what it takes; pass `inputs`"
@@ -118,6 +127,7 @@ def _run_dense(
         return f"the dense model cannot be run on {made_up[1]} ({reason}); pass `inputs`"
 
 
+@torch.inference_mode(False)
 def revert(model: nn.Module, dense: nn.Module | None = None, *, any_source: bool = False) -> None:
     """Undoes `upcycle`: the dense MLPs come back.
 

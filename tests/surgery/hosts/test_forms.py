@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn import functional
@@ -264,3 +266,55 @@ def test_a_form_without_its_modules_is_no_crash(monkeypatch):
     monkeypatch.setitem(FORMS._summaries, "odd", "one map")
     with pytest.raises(ValueError, match=r"cannot upcycle 0 has no down"):
         moefold.plan(nn.Sequential(Odd()), ALL)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_another_function_is_seen_too(layer, dtype):
+    layer.to(dtype)
+    assert site_of(layer).reasons_against == ()
+    layer.output.dense.register_forward_hook(lambda module, given, result: result * 1.01)
+    (reason,) = site_of(layer).reasons_against
+    assert "something else than its weights and gelu do (relative difference 1.0e-02)" in reason
+    assert {p.dtype for p in layer.parameters()} == {dtype}
+
+
+def test_half_precision_that_overflows_is_no_other_function(gated):
+    gated.half()
+    with torch.no_grad():
+        gated.mlp.up_proj.weight.fill_(6e4)
+    assert site_of(gated).reasons_against == ()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_autocast_changes_no_verdict(name):
+    model = CASES[name].build().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert moefold.plan(model, ALL).kept_at_birth
+
+
+def test_a_patched_layer_is_refused(layer):
+    """Its class is what surgery exchanges, and a forward of its own goes past that."""
+    add_hook_to_module(layer, ModelHook())
+    assert "a forward put over that of its class (a hook of accelerate" in why_not(layer)
+    remove_hook_from_module(layer)
+    assert "a forward put over" in why_not(layer)  # accelerate leaves the old one there, bound
+    del layer.forward
+    assert site_of(layer).reasons_against == ()
+
+
+def test_offloaded_weights_are_refused(layer):
+    cpu_offload(layer.intermediate, execution_device=torch.device("cpu"))
+    assert "its intermediate.dense is offloaded by accelerate" in why_not(layer)
+
+
+def test_weights_that_are_no_plain_tensors_are_refused(layer):
+    class Sharded(torch.Tensor):
+        """As DTensor is one, or what torchao makes."""
+
+    weight = layer.intermediate.dense.weight.data.as_subclass(Sharded)
+    layer.intermediate.dense.weight = nn.Parameter(weight)
+    assert "its intermediate.dense holds a Sharded (gather or dequantise it" in why_not(layer)
+
+
+def why_not(layer: nn.Module) -> str:
+    return "; ".join(site_of(layer).reasons_against)

@@ -4,6 +4,7 @@ Layouts: 1 is a real token, . is padding.
 """
 
 import copy
+import dataclasses
 import json
 from types import ModuleType
 
@@ -162,6 +163,40 @@ def test_load_into_the_dense_model(tmp_path):
         # The same weights at other addresses: the order of summation in float64.
         change = (into(**given) - model(**given))[given["real"]].abs().max()
     assert change < 1e-12
+
+
+def test_mlps_without_company_follow_the_model_too():
+    """The weights around an MLP say where the model went; here there are none."""
+
+    class Bare(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ff = FeedForward()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.ff(x)
+
+    where = f"{Bare.__module__}.{Bare.__qualname__}"
+    bare = dataclasses.replace(FORMS.get("mine"), layer=where, mask=None)
+    describe_layer("bare", "a bare one", bare)
+    model = nn.Sequential(Bare(), Bare())
+    moefold.upcycle(model, UpcycleConfig(sites="all"), inputs=False)
+    model.double()
+    moefold.revert(model)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float64}
+
+
+def test_a_broken_description_leaves_the_model_untouched(tmp_path):
+    moefold.save(upcycled(), tmp_path / "moe")
+    config = tmp_path / "moe" / "config.json"
+    data = json.loads(config.read_text())
+    del data["moefold"]["sites"]["blocks.1"]["activation"]
+    config.write_text(json.dumps(data))
+    dense = build()
+    before = Photograph(dense)
+    with pytest.raises(KeyError, match="activation"):
+        PlainHost().read_into(tmp_path / "moe", dense)
+    before.compare(dense)
 
 
 def test_load_without_a_model_says_what_to_do(tmp_path):

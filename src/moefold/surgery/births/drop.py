@@ -36,11 +36,12 @@ class DropUpcycle(AbstractBirth):
     map belongs to a neuron and is treated as one more matrix, with the indices of its own map; the
     bias of the second map belongs to none and is copied.
 
-    The paper also shuffles the neurons of an expert, which changes no function and is left out.
+    The released code finds them by a permutation; the neurons of an expert keep their order here,
+    which is part of no function.
 
     Attributes:
-        fraction: share of the neurons that is dropped, rounded to whole neurons; the paper found
-            one half best.
+        fraction: share of the neurons that is dropped, rounded to whole neurons; the
+            authors use one half.
         indices: "shared": a neuron is dropped in all the matrices of an expert, as the method is
             described; "per-matrix": each matrix has indices of its own, as the released code draws
             them, so that more neurons lose a part: 75% of them for two matrices at one half, 87.5%

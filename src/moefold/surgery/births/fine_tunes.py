@@ -4,8 +4,8 @@
     all other weights       their average, or the base as it is
     rows of the router      random, or where the base puts the prompts of each fine-tune
 
-Sukhbaatar et al., *Branch-Train-MiX*, 2024, section 3.2 (the average); Goddard et al.,
-*Arcee's MergeKit*, 2024, and its `mergekit-moe` (the base, the prompts).
+Sukhbaatar et al., *Branch-Train-MiX*, 2024 (the average); Goddard et al., *Arcee's MergeKit*, 2024,
+and its `mergekit-moe` (the base, the prompts).
 
 Shapes: a row of the router is `dim` wide, `experts dim` together.
 """

@@ -7,8 +7,8 @@ token takes complete groups, each of them the whole MLP:
     shard       0  1  0  1  0  1        expert mod G
     router row  a  a  b  b  c  c        expert div G
 
-He et al., *Upcycling Large Language Models into Mixture of Experts*, 2024 (arXiv:2410.07524),
-sections 3.2 and 3.3, where this with top T is called ExGyTz.
+He et al., *Upcycling Large Language Models into Mixture of Experts*, 2024 (arXiv:2410.07524), where
+this with top T is called EeGgTt, as in E8G8T8.
 
 What has to be scaled. Let m be the sum of a token's combine weights, complete groups. Each shard
 comes back with m / G, so shards must be c = G / m times as large: G for weights that sum to one

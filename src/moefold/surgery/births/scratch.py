@@ -1,7 +1,6 @@
 """Birth from nothing: random experts, the baseline that upcycling has to beat.
 
-Komatsuzaki et al., *Sparse Upcycling*, 2023, section 4.2.3 (random experts catch up only after long
-training).
+Komatsuzaki et al., *Sparse Upcycling*, 2023: random experts catch up only after long training.
 """
 
 from dataclasses import dataclass

@@ -2,8 +2,7 @@
 
     MLP(x) = sum over its neurons  =  part_1(x) + ... + part_n(x) + b
 
-Zhu et al., *LLaMA-MoE*, 2024, section 3.1; clusters as in Zhang et al., *MoEfication*, 2022,
-section 3.2.
+Zhu et al., *LLaMA-MoE*, 2024; clusters of equal size as in Zhang et al., *MoEfication*, 2022.
 
 Shapes: `width dim` is the first map; an expert gets `width / experts` of its rows.
 """

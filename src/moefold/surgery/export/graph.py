@@ -7,6 +7,7 @@ Shapes: integer inputs are `batch tokens`, others `batch ...` with all but the b
 """
 
 import inspect
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -145,10 +146,16 @@ def write_onnx(model: nn.Module, inputs: Mapping[str, Tensor], folder: Path) -> 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning that torch gives to itself when it copies a tree of its own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
-        yield
+    """Without what torch warns itself of: a tree it copies, and operations of torchvision."""
+    logger = logging.getLogger("torch.onnx._internal.exporter._registration")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*LeafSpec", category=FutureWarning)
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _stable_sort(values: Any, stable: bool, dim: int = -1, descending: bool = False) -> Any:

@@ -55,6 +55,7 @@ def find_host(model: nn.Module) -> AbstractHost:
             continue
         if host.claims(model):
             return host
+    refuse_wrapped(model)  # sharded layers are of classes of their own
     raise ValueError(
         f"no host for a {type(model).__module__}.{type(model).__qualname__}: it has no layer of a "
         f"known form. There are: {', '.join(FORMS.names())}{''.join(missing)}. Pass a model that "
@@ -79,6 +80,27 @@ def refuse_adapters(model: nn.Module) -> None:
             f"{', ...' if len(held) > 3 else ''}; merge them first, model = "
             f"peft_model.merge_and_unload(), or take them out with peft_model.unload()"
         )
+
+
+def refuse_wrapped(model: nn.Module) -> None:
+    """Raises if the model is inside what has taken note of its weights, or of its code.
+
+    Surgery would go past the wrapper: gradients of the experts would not be averaged over
+    processes, say, without any error.
+
+    Raises:
+        ValueError: names the wrapper.
+    """
+    for name, module in model.named_modules():
+        kind = type(module)
+        if hasattr(module, "_orig_mod") or kind.__module__.startswith(_WRAPPERS):
+            raise ValueError(
+                f"{name or 'the model itself'} is wrapped in {kind.__name__}, which has taken note "
+                f"of the dense weights; upcycle the model first, then wrap, shard or compile it"
+            )
+
+
+_WRAPPERS = ("torch.nn.parallel.", "torch.distributed.", "deepspeed.")
 
 
 def describe_layer(name: str, summary: str, form: Form) -> Form:
@@ -107,4 +129,5 @@ __all__ = [
     "families",
     "find_host",
     "refuse_adapters",
+    "refuse_wrapped",
 ]

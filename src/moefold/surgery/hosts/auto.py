@@ -13,24 +13,18 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from moefold.surgery.hosts import families
+from moefold.auto_classes import NAME, PREFIX
 from moefold.surgery.hosts.changes import Changes
 from moefold.surgery.hosts.layer import install_saved
-
-PREFIX = "moefold_"
-"""How the type of a config with mixtures begins."""
-
-_NAME = "Moefold"
 
 
 def __getattr__(name: str) -> Any:
     """Finds a class by its name, as unpickling does."""
-    if name.startswith(_NAME):
+    if name.startswith(NAME):
         import transformers
 
-        base = getattr(transformers, name.removeprefix(_NAME), None)
+        base = getattr(transformers, name.removeprefix(NAME), None)
         if isinstance(base, type) and issubclass(base, PreTrainedConfig):
             return config_class(base)
         if isinstance(base, type) and issubclass(base, PreTrainedModel):
@@ -54,7 +48,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
 
     body = {
         "__module__": __name__,
-        "__qualname__": _NAME + base.__name__,
+        "__qualname__": NAME + base.__name__,
         "__doc__": f"A {base.__name__} whose entry `moefold` says which layers are mixtures.",
         "__annotations__": {"moefold": dict[str, Any] | None},
         # Configs of transformers take whatever stands in the file; a typed __init__ would not.
@@ -63,7 +57,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
         "model_type": PREFIX + base.model_type,
         "moefold": None,
     }
-    made = type(_NAME + base.__name__, (base,), body)
+    made = type(NAME + base.__name__, (base,), body)
     AutoConfig.register(made.model_type, made, exist_ok=True)
     return made
 
@@ -79,12 +73,12 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
     body = {
         "__module__": __name__,
-        "__qualname__": _NAME + base.__name__,
+        "__qualname__": NAME + base.__name__,
         "__doc__": f"{base.__name__} with mixtures of experts, as `from_pretrained` opens one.",
         "__init__": init,
         "config_class": config,
     }
-    return type(_NAME + base.__name__, (base,), body)
+    return type(NAME + base.__name__, (base,), body)
 
 
 @functools.cache
@@ -101,13 +95,6 @@ def register_models(base: type[PreTrainedConfig]) -> None:
         made = tuple(model_class(kind) for kind in kinds if kind.config_class is base)
         if made:
             mapping.register(config_class(base), made[0] if len(made) == 1 else made, exist_ok=True)
-
-
-def register_configs() -> None:
-    """Makes AutoConfig know the saved mixtures of every known type of model."""
-    for model_type in families.MODEL_TYPES:
-        if model_type in CONFIG_MAPPING:  # an older transformers may lack one
-            config_class(CONFIG_MAPPING[model_type])
 
 
 def rebuild(model: PreTrainedModel) -> None:

@@ -1,7 +1,9 @@
 """What surgery altered, kept so that it can be taken back exactly."""
 
 import enum
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ class Changes:
 
     def replace_children(self, module: nn.Module, **children: nn.Module | None) -> None:
         """Sets children of the module; None takes one out."""
-        change = _Children(module, dict(module._modules))
+        change = _Children(module, dict(module._modules), frozenset(children))
         self.log.append(change)
         for name, child in children.items():
             if child is None:
@@ -37,6 +39,20 @@ class Changes:
         """Sets a plain attribute of the module, one it had or a new one."""
         self.log.append(_Attribute(module, name, module.__dict__.get(name, _MISSING)))
         module.__dict__[name] = value
+
+    def set_config(
+        self, modules: Sequence[nn.Module], new: Any, settle: Callable[[Any, Any], Any]
+    ) -> None:
+        """Sets the `config` of modules that share one; it may be altered after: a vocabulary grows.
+
+        Args:
+            modules: some that have the same config.
+            new: another one.
+            settle: is given the old and the new one when this is undone; returns what comes back.
+        """
+        self.log.append(_Config(list(modules), modules[0].__dict__["config"], new, settle))
+        for module in modules:
+            module.__dict__["config"] = new
 
     def set_value(self, model: nn.Module, name: str, value: Tensor) -> None:
         """Sets the values of a parameter or a buffer, which stays the same object."""
@@ -91,24 +107,43 @@ class _Attribute:
 
 
 @dataclass(slots=True, eq=False)
+class _Config:
+    modules: list[nn.Module]
+    before: Any
+    new: Any
+    settle: Callable[[Any, Any], Any]
+
+    def undo(self) -> None:
+        config = self.settle(self.before, self.new)
+        for module in self.modules:
+            module.__dict__["config"] = config
+
+
+@dataclass(slots=True, eq=False)
 class _Children:
     module: nn.Module
     before: dict[str, nn.Module | None]
+    exchanged: frozenset[str]
     placement: tuple[torch.device, torch.dtype] | None = None
 
     def undo(self) -> None:
         now = _placement(self.module)
-        present = set(self.module._modules.values())
-        for child in self.before.values():
+        current = self.module._modules
+        present = set(current.values())
+        back = {name: child for name, child in self.before.items() if name in self.exchanged}
+        for child in back.values():
             if child is None or child in present:
                 continue
             # Nothing that happened to the model since could reach what was out of its tree.
             child.train(self.module.training)
             if now is not None and now != self.placement:
                 child.to(device=now[0], dtype=now[1])
-        # The whole dictionary, so that the order of the state dict is the old one too.
-        self.module._modules.clear()
-        self.module._modules.update(self.before)
+        # What else was put there since then stays. In the old order, that of the state dict.
+        stays = {name: child for name, child in current.items() if name not in self.exchanged}
+        names = [name for name in self.before if name in back or name in stays]
+        restored = {name: back[name] if name in back else stays.pop(name) for name in names}
+        current.clear()
+        current.update(restored | stays)
 
 
 @dataclass(slots=True, eq=False)
@@ -122,7 +157,7 @@ class _Value:
             getattr(self.module, self.name).copy_(self.before)
 
 
-_Change = _Class | _Attribute | _Children | _Value
+_Change = _Class | _Attribute | _Config | _Children | _Value
 
 
 def _placement(module: nn.Module) -> tuple[torch.device, torch.dtype] | None:

@@ -52,14 +52,15 @@ def open_empty(folder: Path) -> nn.Module:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = (config.get("architectures") or ["AutoModel"])[0]
         kind = getattr(transformers, name, transformers.AutoModel)
-        return kind.from_pretrained(
-            folder,
-            device_map="meta",
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # `Checkpoint` refuses them, by name
-        ).eval()
+        with without_reports():
+            return kind.from_pretrained(
+                folder,
+                device_map="meta",
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # `Checkpoint` refuses them, by name
+            ).eval()
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ValueError(f"cannot open {folder} as a transformer ({reason})") from error
@@ -89,11 +90,29 @@ def _open_empty_sentence_transformer(folder: Path) -> SentenceTransformer:
     return model
 
 
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Keeps transformers from printing a table of weights that are missing or left over."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
 def open_tokenizer(folder: Path) -> Any:
     """The tokenizer beside a bare transformer; None if there is none."""
     if not (folder / "tokenizer_config.json").is_file():
         return None
     return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def open_processor(folder: Path) -> Any:
+    """What makes inputs of text or pixels, beside a bare transformer; None if there is nothing."""
+    if any((folder / f"{kind}_config.json").is_file() for kind in ("processor", "preprocessor")):
+        return transformers.AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return open_tokenizer(folder)
 
 
 def transformer_in(model: nn.Module) -> tuple[str, PreTrainedModel]:

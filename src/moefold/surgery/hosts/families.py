@@ -203,16 +203,3 @@ _register(
     cache="layer_past",
     causal=_attends_causally,
 )
-
-MODEL_TYPES = (
-    *("bert", "roberta", "xlm-roberta", "mpnet", "deberta-v2", "distilbert", "modernbert"),
-    *("t5", "umt5"),
-    *("vit", "deit", "dinov2", "clip", "clip_vision_model", "clip_text_model"),
-    *("siglip", "siglip_vision_model", "siglip_text_model"),
-    *("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gemma3_text", "phi3"),
-    *("gpt2", "gpt_neox", "olmo", "olmo2"),
-)
-"""Types of models whose saved mixtures the Auto classes of transformers open.
-
-`moefold.load` opens any.
-"""

@@ -170,6 +170,11 @@ def is_transposed(linear: nn.Module) -> bool:
 
 def _reasons_against_maps(layer: nn.Module, form: Form) -> list[str]:
     reasons = []
+    if "forward" in vars(layer):
+        reasons.append(
+            "has a forward put over that of its class (a hook of accelerate, a patch), which would "
+            "go past a mixture: load the model on one device, or `del layer.forward`"
+        )
     kinds = {}
     for path in _maps(form):
         linear = _reach(layer, path)
@@ -182,6 +187,11 @@ def _reasons_against_maps(layer: nn.Module, form: Form) -> list[str]:
             )
         elif not linear.weight.is_floating_point():
             reasons.append(f"its {path} holds {linear.weight.dtype} (dequantise first)")
+        elif linear.weight.is_meta and "forward" in vars(linear):
+            reasons.append(f"its {path} is offloaded by accelerate; load the model without it")
+        elif type(linear.weight) not in (Tensor, nn.Parameter):
+            kind = type(linear.weight).__name__
+            reasons.append(f"its {path} holds a {kind} (gather or dequantise it first)")
         else:
             kinds[path] = linear.weight.dtype
     if len(set(kinds.values())) > 1:
@@ -214,21 +224,39 @@ def _difference(layer: nn.Module, form: Form, mlp: DenseMLP, activation: str) ->
     if mlp.up.device.type == "meta":
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TOKENS, mlp.up.shape[1], generator=generator).to(mlp.up)
+    # Half precision is too coarse to tell one function from another: there it is float32.
+    dtype = torch.promote_types(mlp.up.dtype, torch.float32)
+    x = torch.randn(1, _TOKENS, mlp.up.shape[1], generator=generator, device="cpu")
+    x = x.to(mlp.up.device, dtype)
     modes = {module: module.training for module in layer.modules()}
     try:
         layer.eval()
-        found = run_dense(layer, form, x)
+        with torch.autocast(x.device.type, enabled=False):
+            found = x
+            for piece in form.pieces:
+                found = _run_in(dtype, module_at(layer, piece), found)
+            wanted = compute(_mlp_in(dtype, mlp), activation, x)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    wanted = compute(mlp, activation, x)
     if found.shape != wanted.shape:
         return float("inf")
     difference = float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-30))
-    # Two orders of summing `width` products, and in half precision one more rounding on the way.
-    allowed = 100 * torch.finfo(mlp.up.dtype).eps
+    allowed = 100 * torch.finfo(dtype).eps  # two orders of summing `width` products
     return None if difference <= max(allowed, 1e-8) else difference
+
+
+def _run_in(dtype: torch.dtype, module: nn.Module, x: Tensor) -> Tensor:
+    """What a module makes of a token with its weights in another dtype; it keeps its own."""
+    held = [*module.named_parameters(), *module.named_buffers()]
+    other = {n: v.to(dtype) for n, v in held if v.is_floating_point() and v.dtype != dtype}
+    return torch.func.functional_call(module, other, (x,)) if other else module(x)
+
+
+def _mlp_in(dtype: torch.dtype, mlp: DenseMLP) -> DenseMLP:
+    parts = {part.name: getattr(mlp, part.name) for part in dataclasses.fields(mlp)}
+    there = {name: value.to(dtype) for name, value in parts.items() if value is not None}
+    return dataclasses.replace(mlp, **there)
 
 
 def compute(mlp: DenseMLP, activation: str, x: Tensor) -> Tensor:

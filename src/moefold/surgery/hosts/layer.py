@@ -15,9 +15,7 @@ Shapes: `batch tokens dim` hidden states.
 """
 
 import functools
-import inspect
-from collections.abc import Callable, Mapping
-from types import FunctionType
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,6 +25,7 @@ from moefold.moe import MoE, MoEConfig
 from moefold.surgery.hosts.base import Form, Site
 from moefold.surgery.hosts.changes import Changes
 from moefold.surgery.hosts.forms import form_of, holder_of, module_at, weights
+from moefold.surgery.hosts.lens import Lens, Seen, names_of_arguments, seen_class, standing_in
 from moefold.surgery.hosts.masks import is_packed, real_tokens
 
 MIXTURE = "moe"
@@ -42,10 +41,11 @@ def install(site: Site, moe: MoE, changes: Changes) -> None:
     kept = None if form.dropout is None else module_at(layer, form.dropout)
     index = next((m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")), 0)
     base = type(layer)
+    # The mixture first: undone last, it says where the model is by then, should nothing else.
+    changes.replace_children(layer, **{MIXTURE: moe, DROPOUT: kept} if kept else {MIXTURE: moe})
     for piece in form.pieces:
         holder, name = holder_of(layer, piece)
         changes.replace_children(holder, **{name: None})
-    changes.replace_children(layer, **{MIXTURE: moe, DROPOUT: kept} if kept else {MIXTURE: moe})
     changes.set_attribute(layer, "_moefold_form", form)
     changes.set_attribute(layer, "_moefold_layer_index", index)
     changes.become(layer, moe_layer(base))
@@ -86,21 +86,13 @@ def install_saved(model: nn.Module, name: str, moe: Mapping[str, Any], changes: 
 
 def is_moe_layer(module: nn.Module) -> bool:
     """Whether surgery made the module what it is."""
-    return issubclass(type(module), _Mixed)
-
-
-class _Mixed:
-    """Marks the classes that `moe_layer` makes."""
+    return issubclass(type(module), Seen) and MIXTURE in module._modules
 
 
 @functools.cache
 def moe_layer(base: type[nn.Module]) -> type[nn.Module]:
-    """The class of a layer of the given class with a mixture in it.
-
-    A subclass under the same name: transformers finds the layers whose outputs it records by
-    their class, and accelerate the layers it may not split by its name.
-    """
-    names = list(inspect.signature(base.forward).parameters)[1:]
+    """The class of a layer of the given class with a mixture in it; see `seen_class`."""
+    names = names_of_arguments(base)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False))
@@ -114,8 +106,7 @@ def moe_layer(base: type[nn.Module]) -> type[nn.Module]:
         refuse_packed(self, given, told, mask)
         return base.forward(_through_lens(self, form, mask), *args, **kwargs)
 
-    body = {"forward": forward, "__reduce__": _reduce, "__module__": base.__module__}
-    return type(base.__name__, (_Mixed, base), {**body, "__doc__": base.__doc__})
+    return seen_class(base, forward, moe_layer)
 
 
 def refuse_packed(
@@ -156,31 +147,7 @@ def refuse_packed(
         raise ValueError(message)
 
 
-class _Lens:
-    """A module as its own methods see it, with some children standing in for others."""
-
-    def __init__(self, module: nn.Module, stand_ins: dict[str, Any]) -> None:
-        self._module = module
-        self._stand_ins = stand_ins
-
-    def __getattr__(self, name: str) -> Any:
-        if name in self._stand_ins:
-            return self._stand_ins[name]
-        method = getattr(type(self._module), name, None)
-        if isinstance(method, FunctionType):
-            return functools.partial(method, self)  # so that it looks through the lens too
-        return getattr(self._module, name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self._module).forward(self, *args, **kwargs)  # pyright: ignore
-
-    __call__ = forward
-
-    def __repr__(self) -> str:
-        return repr(self._module)
-
-
-def _through_lens(layer: nn.Module, form: Form, mask: Tensor | None) -> _Lens:
+def _through_lens(layer: nn.Module, form: Form, mask: Tensor | None) -> Lens:
     moe = getattr(layer, MIXTURE)
     dropout = getattr(layer, DROPOUT, None)
 
@@ -192,31 +159,9 @@ def _through_lens(layer: nn.Module, form: Form, mask: Tensor | None) -> _Lens:
     for piece in form.pieces:
         stand_in = mixture if piece == form.pieces[0] else _same
         name, *rest = piece.split(".")
-        stand_ins[name] = _standing_in(getattr(layer, name, None), rest, stand_in)
-    return _Lens(layer, stand_ins)
-
-
-def _standing_in(module: Any, path: list[str], stand_in: Callable[[Tensor], Tensor]) -> Any:
-    """The module with a stand-in at a path below it; the stand-in itself for an empty path."""
-    if not path:
-        return stand_in
-    name, *rest = path
-    if isinstance(module, nn.ModuleList):
-        items = list(module)
-        items[int(name)] = _standing_in(items[int(name)], rest, stand_in)
-        return items
-    return _Lens(module, {name: _standing_in(getattr(module, name, None), rest, stand_in)})
+        stand_ins[name] = standing_in(getattr(layer, name, None), rest, stand_in)
+    return Lens(layer, stand_ins)
 
 
 def _same(x: Tensor) -> Tensor:
     return x
-
-
-def _reduce(self: nn.Module) -> tuple:
-    """How to pickle or deeply copy a layer whose class is made on demand."""
-    return _blank, (type(self).__bases__[1],), self.__getstate__()
-
-
-def _blank(base: type[nn.Module]) -> nn.Module:
-    kind = moe_layer(base)
-    return kind.__new__(kind)

@@ -131,9 +131,11 @@ class PlainHost(AbstractHost):
             self.sign(dense, section, changes)
             _refuse_other_dtypes(dense, folder / WEIGHTS)
             load_model(dense, str(folder / WEIGHTS))
-        except (RuntimeError, ValueError) as error:
+        except BaseException as error:
             changes.undo()
             dense.load_state_dict(before)
+            if not isinstance(error, RuntimeError | ValueError):
+                raise
             raise ValueError(
                 f"the model given is not the one that was saved in {folder}: {error}"
             ) from error

@@ -21,8 +21,6 @@ from moefold.surgery.hosts.flops import dense_flops
 from moefold.surgery.hosts.forms import describe, known_layers
 from moefold.surgery.hosts.layer import install
 
-auto.register_configs()
-
 
 @final
 class TransformersHost(AbstractHost):
@@ -59,9 +57,8 @@ class TransformersHost(AbstractHost):
         auto.register_models(type(old))
         sites = {name.removeprefix(prefix): moe for name, moe in section["sites"].items()}
         new.moefold = {**section, "sites": sites}
-        for module in model.modules():
-            if module.__dict__.get("config") is old:
-                changes.set_attribute(module, "config", new)
+        holders = [m for m in model.modules() if m.__dict__.get("config") is old]
+        changes.set_config(holders, new, _settle)
         # Weights are saved under the names they have. The library would give some the names of
         # older files, which it knows how to read for its own types of models only.
         changes.set_attribute(model, "_weight_conversions", [])
@@ -126,6 +123,17 @@ class TransformersHost(AbstractHost):
             )
         auto.config_class(CONFIG_MAPPING[kind.removeprefix(auto.PREFIX)])
         return _read_strictly(auto.model_class(base), folder)
+
+
+def _settle(old: Any, new: Any) -> Any:
+    """The config after a revert: the old one, unless the new one was altered while it stood in."""
+    stock = _stock(new)
+    mine, theirs = ({**config.to_dict(), **_WRITTEN} for config in (stock, old))
+    return old if mine == theirs else stock
+
+
+_WRITTEN = dict.fromkeys(("architectures", "dtype", "transformers_version"))
+"""What saving a model writes into its config."""
 
 
 def _stock(config: Any) -> Any:
