@@ -20,6 +20,8 @@ from moefold.record import Record, record_routing
 
 if TYPE_CHECKING:
     from moefold import testing
+    from moefold.inspect.leakage import leakage
+    from moefold.rerouting import calibrate, reroute
     from moefold.surgery import (
         Copies,
         DropUpcycle,
@@ -58,13 +60,16 @@ _LATER = {
     "Split": "moefold.surgery",
     "UpcycleConfig": "moefold.surgery",
     "VirtualGroups": "moefold.surgery",
+    "calibrate": "moefold.rerouting",
     "carry_optimizer": "moefold.surgery",
     "describe_layer": "moefold.surgery",
     "export": "moefold.surgery",
+    "leakage": "moefold.inspect.leakage",
     "lineage": "moefold.surgery",
     "load": "moefold.surgery",
     "lora_targets": "moefold.surgery",
     "plan": "moefold.surgery",
+    "reroute": "moefold.rerouting",
     "revert": "moefold.surgery",
     "save": "moefold.surgery",
     "upcycle": "moefold.surgery",
@@ -99,9 +104,11 @@ __all__ = [
     "Split",
     "UpcycleConfig",
     "VirtualGroups",
+    "calibrate",
     "carry_optimizer",
     "describe_layer",
     "export",
+    "leakage",
     "lineage",
     "load",
     "lora_targets",
@@ -110,6 +117,7 @@ __all__ = [
     "name_sites",
     "plan",
     "record_routing",
+    "reroute",
     "revert",
     "routers",
     "routing",

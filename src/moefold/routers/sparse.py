@@ -87,22 +87,56 @@ class Recipe:
         return _FURTHER[max(map(_FURTHER.index, (self.score.reach, self.choice.reach)))]
 
 
+class AbstractRecipeRouter(AbstractRouter):
+    """Follows a recipe, wherever the logits come from.
+
+    Attributes:
+        recipe: the recipe.
+        state: what `recipe.adapt` learns, None without it.
+    """
+
+    def __init__(self, dim: int, num_experts: int, recipe: Recipe) -> None:
+        super().__init__(
+            dim, num_experts, reach=recipe.reach, group=recipe.group, losses=recipe.losses
+        )
+        recipe.choice.check(num_experts)
+        self.recipe = recipe
+        adapt = recipe.adapt
+        self.state: Tensor | None
+        self.register_buffer("state", None if adapt is None else adapt.initial(num_experts).float())
+
+    @torch.no_grad()
+    def update(self, routings: Sequence[Routing]) -> None:
+        """Adapt the state to the routings of one optimiser step; see `routers.adapt`."""
+        if self.recipe.adapt is None or self.state is None or not routings:
+            return
+        sparse = [routing for routing in routings if isinstance(routing, SparseRouting)]
+        self.state.copy_(self.recipe.adapt.update(self.state, sparse))
+
+    def _apply(self, fn, recurse=True):
+        # A bias that moves by 0.001 a step stands still in bfloat16: the state stays float32.
+        before = self.state
+        super()._apply(fn, recurse)
+        if before is not None and self.state is not None:
+            kept = self.state if before.is_meta or self.state.is_meta else before
+            dtype = torch.promote_types(self.state.dtype, torch.float32)
+            self.state = kept.to(device=self.state.device, dtype=dtype)
+        return self
+
+
 def pairs_of(
-    router: AbstractRouter,
-    recipe: Recipe,
+    router: AbstractRecipeRouter,
     logits: Float[Tensor, "batch tokens experts"],
     mask: Bool[Tensor, "batch tokens"] | None,
-    state: Tensor | None,
 ) -> dict[str, Any]:
     """What a recipe makes of logits: every pair, chosen or not, before there is a list of rows.
 
     Args:
-        router: whose logits they are: it groups them, and names the layer in errors.
-        recipe: the recipe.
+        router: has the recipe, groups the tokens, and names the layer in errors.
         logits: in float32 or better.
         mask: True for real tokens.
-        state: what `recipe.adapt` has learnt.
     """
+    recipe, state = router.recipe, router.state
     grouping, valid = router.as_groups(logits, mask)
     with in_full_precision(logits.device):
         router.check_finite(logits, mask)
@@ -135,20 +169,15 @@ def pairs_of(
 
 
 @final
-class SparseRouter(AbstractRouter):
-    """Routes by a recipe.
+class SparseRouter(AbstractRecipeRouter):
+    """Routes by a recipe, on logits of its own.
 
     Attributes:
         weight: `[experts, dim]`, or `[experts, width]` for cosine logits; no bias.
-        state: what `recipe.adapt` learns, None without it.
     """
 
     def __init__(self, dim: int, num_experts: int, recipe: Recipe) -> None:
-        super().__init__(
-            dim, num_experts, reach=recipe.reach, group=recipe.group, losses=recipe.losses
-        )
-        recipe.choice.check(num_experts)
-        self.recipe = recipe
+        super().__init__(dim, num_experts, recipe)
         cosine = recipe.cosine
         self.weight = nn.Parameter(
             torch.empty(num_experts, dim if cosine is None else cosine.width)
@@ -156,9 +185,6 @@ class SparseRouter(AbstractRouter):
         if cosine is not None:
             self.projection = nn.Parameter(torch.empty(cosine.width, dim))
             self.temperature = nn.Parameter(torch.empty(()))
-        adapt = recipe.adapt
-        self.state: Tensor | None
-        self.register_buffer("state", None if adapt is None else adapt.initial(num_experts).float())
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -196,7 +222,7 @@ class SparseRouter(AbstractRouter):
         self.check(x, mask)
         with in_full_precision(x.device):
             logits = self._logits(x, mask)
-        return pairs_of(self, self.recipe, logits, mask, self.state)
+        return pairs_of(self, logits, mask)
 
     def _logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = float32_or_better(x)
@@ -214,20 +240,21 @@ class SparseRouter(AbstractRouter):
         )
         return cosine / self.temperature.to(x.dtype).clamp_min(0.01)
 
-    @torch.no_grad()
-    def update(self, routings: Sequence[Routing]) -> None:
-        """Adapt the state to the routings of one optimiser step; see `routers.adapt`."""
-        if self.recipe.adapt is None or self.state is None or not routings:
-            return
-        sparse = [routing for routing in routings if isinstance(routing, SparseRouting)]
-        self.state.copy_(self.recipe.adapt.update(self.state, sparse))
 
-    def _apply(self, fn, recurse=True):
-        # A bias that moves by 0.001 a step stands still in bfloat16: the state stays float32.
-        before = self.state
-        super()._apply(fn, recurse)
-        if before is not None and self.state is not None:
-            kept = self.state if before.is_meta or self.state.is_meta else before
-            dtype = torch.promote_types(self.state.dtype, torch.float32)
-            self.state = kept.to(device=self.state.device, dtype=dtype)
-        return self
+@final
+class LogitRouter(AbstractRecipeRouter):
+    """Routes by a recipe on logits that somebody else computed; it has no weights."""
+
+    def __init__(self, num_experts: int, recipe: Recipe) -> None:
+        super().__init__(num_experts, num_experts, recipe)
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch tokens experts"],
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        ids: Int[Tensor, "batch tokens"] | None = None,
+    ) -> Routing:
+        """Route the tokens whose logits are `x`; see `AbstractRouter.forward`."""
+        self.check(x, mask)
+        logits = float32_or_better(x)
+        return SparseRouting.from_choice(**pairs_of(self, logits, mask))
