@@ -1,4 +1,4 @@
-"""Thresholds learnt from text in one pass: the budget, kept by a router that looks at no other token.
+"""Thresholds learnt from text in one pass: a budget kept by a router that looks at one token.
 
 A threshold router takes every pair whose score is above one number per block. Where that number is
 what the budget would leave of ordinary text, tokens get that many experts on average, and which

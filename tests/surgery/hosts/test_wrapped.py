@@ -1,11 +1,15 @@
 """A transformer inside somebody's own module: cut there, and still able to say what it is."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModel, BertConfig, BertModel
 
 import moefold
+from moefold import UpcycleConfig
+from tests.surgery.hosts.cases import CASES
 
 
 class Tagger(nn.Module):
@@ -60,3 +64,23 @@ def test_the_whole_is_loaded_into_a_dense_one(ids, tmp_path):
     assert loaded is dense
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
+
+
+def test_a_tower_and_a_half_say_what_they_are(tmp_path):
+    clip: Any = CASES["clip"].build()
+    t5: Any = CASES["t5"].build()
+    towers = {"tower": clip.text_model, "half": t5.encoder}
+    before = {name: part.config for name, part in towers.items()}
+    for model in (clip, t5):
+        moefold.upcycle(model, UpcycleConfig(sites="all"), inputs=False)
+    # As a whole, saved and loaded, and from there again: parts of a loaded model are signed too.
+    moefold.save(clip, tmp_path / "clip")
+    loaded: Any = moefold.load(tmp_path / "clip")
+    loaded.text_model.save_pretrained(tmp_path / "tower")
+    tower = AutoModel.from_pretrained(tmp_path / "tower")
+    for name, value in clip.text_model.state_dict().items():
+        assert torch.equal(tower.state_dict()[name].to(value), value), name
+    assert set(t5.encoder.config.moefold["sites"]) == {"block.0", "block.1"}
+    for model in (clip, t5):
+        moefold.revert(model)
+    assert all(part.config is before[name] for name, part in towers.items())

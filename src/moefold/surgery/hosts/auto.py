@@ -7,9 +7,12 @@ All of these are made when they are asked for, by name or through `AutoConfig`, 
 a saved folder.
 """
 
+import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
+from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -109,8 +112,52 @@ def rebuild(model: PreTrainedModel) -> None:
             f"a {type(model.config).__name__} without its `moefold` entry describes no mixture; "
             f"upcycle a dense model with moefold.upcycle"
         )
-    for name, moe in section["sites"].items():
-        install_saved(model, _full_name(model, name), moe, Changes())
+    sites = {_full_name(model, name): moe for name, moe in section["sites"].items()}
+    for name, moe in sites.items():
+        install_saved(model, name, moe, Changes())
+    for part, names in parts_with_sites(model, sites):
+        holders, new = signed_config(part, {**section, "sites": names})
+        for module in holders:
+            module.__dict__["config"] = new
+
+
+def signed_config(
+    model: PreTrainedModel, section: Mapping[str, Any]
+) -> tuple[list[nn.Module], PreTrainedConfig]:
+    """The config of a model with a section in it, a copy, and the modules that hold the old one.
+
+    Args:
+        model: a model, or one that is part of another.
+        section: what was done, `sites` named as in the model.
+    """
+    old, prefix = model.config, body_prefix(model)
+    new = copy.deepcopy(old)
+    if not is_moefold_config(old):
+        new.__class__ = config_class(type(old))
+        register_models(type(old))
+    sites = {name.removeprefix(prefix): moe for name, moe in section["sites"].items()}
+    new.moefold = {**section, "sites": sites}  # pyright: ignore[reportAttributeAccessIssue]
+    return [m for m in model.modules() if m.__dict__.get("config") is old], new
+
+
+def parts_with_sites(
+    model: PreTrainedModel, sites: Mapping[str, Any]
+) -> list[tuple[PreTrainedModel, dict[str, Any]]]:
+    """Models inside a model that have a config of their own, and the sites in them.
+
+    The towers of CLIP, the halves of an encoder-decoder: they can be saved by themselves, and must
+    say then what they are. Sites are named as in the part.
+    """
+    found: list[tuple[PreTrainedModel, dict[str, Any]]] = []
+    seen = [model.config]
+    for path, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or any(module.config is c for c in seen):
+            continue
+        seen.append(module.config)
+        own = {n.removeprefix(f"{path}."): m for n, m in sites.items() if n.startswith(f"{path}.")}
+        if own:
+            found.append((module, own))
+    return found
 
 
 def body_prefix(model: PreTrainedModel) -> str:

@@ -51,17 +51,12 @@ class TransformersHost(AbstractHost):
         The config is a copy: another model may hold the old one.
         """
         assert isinstance(model, PreTrainedModel)
-        old, prefix = model.config, auto.body_prefix(model)
-        new = copy.deepcopy(old)
-        new.__class__ = auto.config_class(type(old))
-        auto.register_models(type(old))
-        sites = {name.removeprefix(prefix): moe for name, moe in section["sites"].items()}
-        new.moefold = {**section, "sites": sites}
-        holders = [m for m in model.modules() if m.__dict__.get("config") is old]
-        changes.set_config(holders, new, _settle)
-        # Weights are saved under the names they have. The library would give some the names of
-        # older files, which it knows how to read for its own types of models only.
-        changes.set_attribute(model, "_weight_conversions", [])
+        parts = auto.parts_with_sites(model, section["sites"])
+        for part, sites in [*parts, (model, section["sites"])]:
+            changes.set_config(*auto.signed_config(part, {**section, "sites": sites}), _settle)
+            # Weights are saved under the names they have. The library would give some the names of
+            # older files, which it knows how to read for its own types of models only.
+            changes.set_attribute(part, "_weight_conversions", [])
 
     def unsign(self, model: nn.Module) -> None:
         """Gives the model a config, and if it was loaded a class, that a stock library knows.
