@@ -59,9 +59,15 @@ def test_unknown_settings_are_named():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"moe": "mixtral"}, r"moe is 'mixtral'; it must be a moefold.MoEConfig, as in MoEConfig\("),
+        (
+            {"moe": "mixtral"},
+            r"moe is 'mixtral'; it must be a moefold.MoEConfig, as in MoEConfig\(",
+        ),
         ({"moe_at": {"a": "soft"}}, r"moe is 'soft'; it must be a moefold.MoEConfig"),
-        ({"birth": "copies"}, r"birth is 'copies'; it must be a birth with its settings, as in moef"),
+        (
+            {"birth": "copies"},
+            r"birth is 'copies'; it must be a birth with its settings, as in moef",
+        ),
         ({"birth": Copies}, r"birth is <class .*Copies'>; it must be a birth with its settings"),
     ],
     ids=str,
@@ -73,7 +79,10 @@ def test_names_are_no_configs(settings, message):
 
 def test_inputs_go_by_name():
     model = CASES["bert"].build(None)
-    with untyped(), pytest.raises(ValueError, match=r"inputs is a Tensor; it must be True, False, "):
+    with (
+        untyped(),
+        pytest.raises(ValueError, match=r"inputs is a Tensor; it must be True, False, "),
+    ):
         upcycle(model, inputs=torch.zeros(1, 2))  # pyright: ignore[reportArgumentType]
 
 

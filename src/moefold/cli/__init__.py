@@ -6,7 +6,9 @@ verb that returns an exit status, or None for 0.
 """
 
 import difflib
+import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.metadata import version
@@ -16,7 +18,7 @@ VERBS = {
     "doctor": ("moefold.cli.doctor:main", "what this machine has, and which backends can run"),
     "export": ("moefold.cli.export:main", "write a saved mixture in a form that needs no moefold"),
     "load": ("moefold.cli.load:main", "check a saved mixture and say what it is"),
-    "list": ("moefold.cli.listing:main", "routers, backends, hosts, losses, one line each"),
+    "list": ("moefold.cli.listing:main", "routers, backends, hosts, births, losses, one line each"),
     "save": ("moefold.cli.save:main", "make a trainer's checkpoint of a mixture a saved folder"),
     "plan": ("moefold.cli.plan:main", "what surgery would do to a model; nothing is touched"),
     "revert": ("moefold.cli.revert:main", "turn a saved mixture back into a dense model"),
@@ -49,8 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail("", f"unknown verb {verb!r}; {hint}There are: {', '.join(VERBS)}")
     module, _, function = VERBS[verb][0].partition(":")
     try:
-        return getattr(import_module(module), function)(rest) or 0
-    except ModuleNotFoundError as error:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print(
+                f"moefold {verb}: {message}", file=sys.stderr
+            )
+            status = getattr(import_module(module), function)(rest) or 0
+            sys.stdout.flush()
+            return status
+    except BrokenPipeError:  # what it was piped into, `| head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # or Python complains when it ends
+        return 0
+    except ImportError as error:
         return _fail(verb, f"{error}; install what this verb needs: pip install 'moefold[demo]'")
     except ValueError as error:
         return _fail(verb, str(error))

@@ -12,6 +12,7 @@ from moefold.cli.options import parse
 from moefold.routers.base import check_one_of
 from moefold.surgery import export, load
 from moefold.surgery.export import FORMATS, refuse_full_folder
+from moefold.surgery.hosts.checkpoint import open_processor
 from moefold.surgery.saved import refuse_unwritable_folder
 
 EXAMPLE = "moefold export llama-moe --format mixtral --out llama-mixtral"
@@ -46,8 +47,7 @@ def main(arguments: Sequence[str]) -> None:
     refuse_full_folder(asked.out)
     refuse_unwritable_folder(asked.out)
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = load(asked.folder), None
-    if (asked.folder / "tokenizer_config.json").is_file():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(asked.folder, local_files_only=True)
-    chosen = export(model, asked.out, format=asked.format, tokenizer=tokenizer)
+    model = load(asked.folder)
+    processor = open_processor(asked.folder)
+    chosen = export(model, asked.out, format=asked.format, tokenizer=processor)
     print(f"wrote {asked.out}, {chosen}: {FORMATS[chosen]}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import transformers
 import tyro
 
 from moefold.cli.options import parse
@@ -34,6 +35,7 @@ def main(arguments: Sequence[str]) -> None:
         ValueError: whatever `moefold.load` refuses.
     """
     asked = parse(Arguments, arguments, verb="load", example=EXAMPLE)
+    transformers.utils.logging.disable_progress_bar()
     model = load(asked.folder)
     section = find_host(model).section(model)
     assert section is not None, "load has checked it"

@@ -1,17 +1,21 @@
-"""Opening a dense model for a verb, and what it says about a few sentences."""
+"""Opening a dense model for a verb, and sample sentences to measure it on."""
 
 import json
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Float
+from safetensors import SafetensorError
 from sentence_transformers import SentenceTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from moefold.surgery.encoder import pretrained_encoder, refuse_pickles, source_folder
+from moefold.surgery.hosts.checkpoint import open_processor, without_reports
+from moefold.surgery.inputs import made_up_inputs
 from moefold.surgery.saved import MANIFEST
 
 SENTENCES = (
@@ -24,17 +28,22 @@ SENTENCES = (
 )
 """Of different lengths, so that a batch of them is padded."""
 
+_LONGEST = 64
+"""Tokens of a sentence that are used; a tokenizer of few words makes many of it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Opened:
-    """A model and what turns text into its input; a SentenceTransformer does that by itself."""
+    """A model and what makes its input: a tokenizer or processor; a SentenceTransformer has one."""
 
     model: nn.Module
-    tokenizer: Any = None
+    processor: Any = None
 
 
 def open_model(source: str) -> Opened:
     """Opens a dense model: the packaged encoder, a local folder, or a name on the hub.
+
+    Warns of weights that are not in the folder.
 
     Raises:
         ValueError: there is no such model, it cannot be opened, or it is upcycled already.
@@ -54,41 +63,78 @@ def _open_transformer(folder: Path) -> Opened:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         name = (config.get("architectures") or ["AutoModel"])[0]
-        model = getattr(transformers, name, transformers.AutoModel).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, trust_remote_code=False
-        )
-        tokenizer = None
-        if (folder / "tokenizer_config.json").is_file():
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        with without_reports():
+            model, found = getattr(transformers, name, transformers.AutoModel).from_pretrained(
+                folder,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+            )
+            processor = open_processor(folder)
+    except (
+        *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError),
+        *(ImportError, SafetensorError),
+    ) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"cannot open {folder} as a transformer ({reason})") from error
-    return Opened(model.eval(), tokenizer)
+        raise ValueError(
+            f"cannot open {folder} as a transformer ({reason}); give a folder that save_pretrained "
+            f"wrote, with config.json and whole safetensors files"
+        ) from error
+    _check(folder, found)
+    return Opened(model.eval(), processor)
 
 
-@torch.no_grad()
-def outputs(opened: Opened) -> Float[Tensor, "..."]:
-    """What the model makes of the sentences: embeddings, or hidden states of the real tokens.
+def _check(folder: Path, found: dict[str, Any]) -> None:
+    """Weights that the class has no place for are nobody's loss; others are.
 
-    Without a tokenizer the input is made of random token ids, some of them masked.
+    Raises:
+        ValueError: weights have other shapes than config.json says.
+    """
+    if wrong := [
+        f"{key} is {list(here)}, not {list(wanted)}"
+        for key, here, wanted in sorted(found["mismatched_keys"])
+    ]:
+        raise ValueError(
+            f"the weights in {folder} are not those of its config.json: {_some(wrong)}; copy both "
+            f"from the same place"
+        )
+    if missing := sorted(found["missing_keys"]):
+        warnings.warn(
+            f"{folder} lacks {_some(missing)}; what is missing starts at random numbers",
+            stacklevel=2,
+        )
+
+
+def _some(what: Sequence[str], shown: int = 4) -> str:
+    more = f" and {len(what) - shown} more" if len(what) > shown else ""
+    return f"{', '.join(what[:shown])}{more}"
+
+
+def sample_inputs(opened: Opened) -> dict[str, Any] | None:
+    """The sentences as the model takes them; None for one without a tokenizer or not of text only.
+
+    Returns:
+        Arguments of its forward. Padding is made here: a decoder's tokenizer may have none.
     """
     model = opened.model
+    made_up = made_up_inputs(model)
+    if made_up is None or "input_ids" not in made_up[0] or "pixel_values" in made_up[0]:
+        return None
     if isinstance(model, SentenceTransformer):
-        made = model.encode(list(SENTENCES), convert_to_tensor=True, show_progress_bar=False)
-        assert isinstance(made, Tensor)
-        return made.clone()
-    if opened.tokenizer is not None:
-        inputs = dict(opened.tokenizer(list(SENTENCES), padding=True, return_tensors="pt"))
-    else:
-        generator = torch.Generator().manual_seed(0)
-        config = getattr(model, "config")  # noqa: B009 - a transformers model has one
-        ids = torch.randint(config.vocab_size, (4, 16), generator=generator)
-        mask = torch.arange(16) < torch.tensor([[16], [12], [5], [1]])
-        inputs = {"input_ids": ids, "attention_mask": mask.long()}
-    first = model(**inputs)[0]
-    return first[inputs["attention_mask"].bool()] if first.ndim == 3 else first
-
-
-def relative_change(before: Float[Tensor, "..."], after: Float[Tensor, "..."]) -> float:
-    """Length of the difference, as a share of the length of what was there before."""
-    return float((after - before).double().norm() / before.double().norm())
+        return dict(model.preprocess(list(SENTENCES)))
+    if not isinstance(opened.processor, transformers.PreTrainedTokenizerBase):
+        return None
+    config = getattr(model, "config")  # noqa: B009 - a model with made-up inputs has one
+    longest = min(_LONGEST, int(getattr(config, "max_position_embeddings", None) or _LONGEST) - 2)
+    rows = [ids[:longest] for ids in opened.processor(list(SENTENCES))["input_ids"]]
+    if max(map(max, rows)) >= config.vocab_size:  # the tokenizer of another model
+        return None
+    width, pad = max(map(len, rows)), opened.processor.pad_token_id or 0
+    ids = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "decoder_input_ids" in made_up[0]:
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    return inputs

@@ -1,6 +1,7 @@
 """The settings of surgery as flags, shared by `plan` and `upcycle`."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,9 @@ class Surgery:
 
     Attributes:
         router: name of the router; `moefold list routers` shows all.
+        router_at: another router for some of the sites, PATTERN=ROUTER or, with its settings,
+            PATTERN=ROUTER(k=4,group=batch); the pattern is a regular expression as for --sites; may
+            be repeated, the first that matches counts.
         num_experts: number of experts in every mixture.
         sites: which MLPs: every-other, last:N, all, or a regular expression for their names.
         k: experts that a token takes.
@@ -43,10 +47,11 @@ class Surgery:
     """
 
     router: str = "token-choice"
+    router_at: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     num_experts: Annotated[int, tyro.conf.arg(aliases=["--experts"])] = 8
     sites: str = "every-other"
     k: int | None = None
-    renormalize: Annotated[bool | None, tyro.conf.DisallowNone] = None  # a flag or its absence
+    renormalize: bool | None = None
     capacity: int | None = None
     capacity_factor: float | None = None
     budget: float | None = None
@@ -71,15 +76,26 @@ class Surgery:
         if self.group is not None:
             settings["group"] = int(self.group) if self.group.isdecimal() else self.group
         given = {name: value for name, value in settings.items() if value is not None}
-        if self.router == "token-choice":
-            given.setdefault("renormalize", True)
-        moe = MoEConfig(
+        others: dict[str, MoEConfig] = {}
+        for text in self.router_at:
+            pattern, name, own = _router_at(text)
+            others.setdefault(pattern, self._mixture(name, own))
+        return UpcycleConfig(
+            moe=self._mixture(self.router, given),
+            moe_at=others,
+            sites=self.sites,
+            birth=self.born(),
+        )
+
+    def _mixture(self, router: str, settings: dict[str, Any]) -> MoEConfig:
+        if router == "token-choice":
+            settings = {"renormalize": True, **settings}
+        return MoEConfig(
             num_experts=self.num_experts,
-            router=routers.config(self.router, **given),
+            router=routers.config(router, **settings),
             shared_width=self.shared_width,
             backend=self.backend,
         )
-        return UpcycleConfig(moe=moe, sites=self.sites, birth=self.born())
 
     def born(self) -> AbstractBirth:
         """The birth with its settings.
@@ -114,6 +130,20 @@ def with_settings(config: UpcycleConfig, pairs: Sequence[str]) -> UpcycleConfig:
     return replace(config, moe=replace(config.moe, router=router))
 
 
+def _router_at(text: str) -> tuple[str, str, dict[str, Any]]:
+    """A pattern for sites, and the name and the settings of the router there."""
+    found = re.fullmatch(r"(.+)=\s*([\w-]+)\s*(?:\((.*)\))?", text.strip())
+    if found is None:
+        raise ValueError(
+            f"--router-at '{text}': write PATTERN=ROUTER, as in --router-at "
+            f"'encoder\\..*=expert-choice' or --router-at 'decoder\\..*=mixtral(k=4)'"
+        )
+    pattern, router, settings = found.groups()
+    pairs = [pair for pair in (settings or "").split(",") if pair.strip()]
+    named = [named_text("--router-at", pair, "'decoder\\..*=mixtral(k=4)'") for pair in pairs]
+    return pattern.strip(), router, {name: _value(value) for name, value in named}
+
+
 def named_text(flag: str, pair: str, example: str) -> tuple[str, str]:
     """A setting's name, as Python spells it, and the text of its value.
 
@@ -138,7 +168,11 @@ def parse(kind: type[Verb], arguments: Sequence[str], *, verb: str, example: str
         args=list(arguments),
         prog=f"moefold {verb}",
         description=f"{what}\n\nexample:\n  $ {example}",
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        config=(
+            tyro.conf.OmitArgPrefixes,
+            tyro.conf.OmitSubcommandPrefixes,
+            tyro.conf.DisallowNone,  # the word None is no value: who wants it leaves the flag out
+        ),
     )
 
 

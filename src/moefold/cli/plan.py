@@ -36,4 +36,5 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Arguments, arguments, verb="plan", example=EXAMPLE)
     config = with_settings(asked.surgery.config(), asked.set)
     dtype = None if asked.dtype is None else getattr(torch, asked.dtype)
+    torch.manual_seed(0)  # as upcycle does: what is measured on random tokens is then the same
     print(plan(open_model(asked.model).model, config, dtype=dtype))

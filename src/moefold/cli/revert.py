@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import transformers
 import tyro
 from torch import nn
 
@@ -16,6 +15,7 @@ from moefold.cli.models import open_model
 from moefold.cli.options import parse
 from moefold.surgery import load, revert
 from moefold.surgery.hosts import find_host
+from moefold.surgery.hosts.checkpoint import open_processor
 from moefold.surgery.saved import read_manifest, refuse_unwritable_folder
 
 EXAMPLE = "moefold revert minilm-moe --dense minilm --out minilm-again"
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str]) -> None:
     opened = open_model(asked.dense)
     model = load(asked.folder)
     revert(model, opened.model, any_source=asked.any_source)
-    _write(model, asked.out, _tokenizer(asked.folder) or opened.tokenizer)
+    _write(model, asked.out, open_processor(asked.folder) or opened.processor)
     print(f"{type(model).__name__}: {', '.join(sites)} are dense again, as in {asked.dense}")
     print(f"wrote {asked.out}; its own library opens it, moefold is not needed")
 
@@ -64,14 +64,7 @@ def _refuse_used_folder(out: Path) -> None:
         raise ValueError(f"{out} is not empty; give a new or an empty folder")
 
 
-def _tokenizer(folder: Path) -> Any:
-    """The one saved beside a bare transformer; a SentenceTransformer brings its own."""
-    if not (folder / "tokenizer_config.json").is_file():
-        return None
-    return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _write(model: nn.Module, out: Path, tokenizer: Any) -> None:
+def _write(model: nn.Module, out: Path, processor: Any) -> None:
     """Writes beside the folder and moves it there when it is whole."""
     out.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.moefold-", dir=out.resolve().parent))
@@ -79,8 +72,8 @@ def _write(model: nn.Module, out: Path, tokenizer: Any) -> None:
         new = staging / "new"  # not `staging` itself, which nobody else may read
         new.mkdir()
         find_host(model).write(model, new)
-        if tokenizer is not None and not (new / "modules.json").is_file():
-            tokenizer.save_pretrained(new)
+        if processor is not None and not (new / "modules.json").is_file():  # which has its own
+            processor.save_pretrained(new)
         with contextlib.suppress(FileNotFoundError):
             out.rmdir()  # empty, else refused above
         new.replace(out)

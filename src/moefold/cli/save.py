@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import transformers
 import tyro
@@ -15,6 +15,7 @@ from moefold.surgery import save
 from moefold.surgery.encoder import refuse_pickles
 from moefold.surgery.hosts import HOSTS
 from moefold.surgery.hosts.auto import PREFIX
+from moefold.surgery.hosts.checkpoint import open_processor
 from moefold.surgery.saved import MANIFEST, refuse_foreign_folder, refuse_unwritable_folder
 
 EXAMPLE = "moefold save runs/checkpoint-500 --out encoder-moe"
@@ -47,12 +48,12 @@ def main(arguments: Sequence[str]) -> None:
     if (asked.out / MANIFEST).is_file() and not asked.force:
         raise ValueError(f"{asked.out} holds an upcycled model; add --force to replace it")
     transformers.utils.logging.disable_progress_bar()
-    model, tokenizer = _open(asked.checkpoint)
-    save(model, asked.out, tokenizer=tokenizer)
+    model, processor = _open(asked.checkpoint)
+    save(model, asked.out, tokenizer=processor)
     print(f"wrote {asked.out}; moefold.load opens it")
 
 
-def _open(checkpoint: Path) -> tuple[nn.Module, transformers.PreTrainedTokenizerBase | None]:
+def _open(checkpoint: Path) -> tuple[nn.Module, Any]:
     if not checkpoint.is_dir():
         raise ValueError(f"no folder at {checkpoint}; give a checkpoint of a trainer")
     refuse_pickles(checkpoint)
@@ -67,7 +68,6 @@ def _open(checkpoint: Path) -> tuple[nn.Module, transformers.PreTrainedTokenizer
         raise ValueError(
             f"{checkpoint} holds a dense model of type {kind!r}; call moefold upcycle on it"
         )
-    tokenizer = None
-    if (checkpoint / "tokenizer_config.json").is_file():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoint, local_files_only=True)
-    return HOSTS.get("transformers")().read(checkpoint), tokenizer
+    # The model first: with it its type becomes known, which the tokenizer's class asks for.
+    model = HOSTS.get("transformers")().read(checkpoint)
+    return model, open_processor(checkpoint)

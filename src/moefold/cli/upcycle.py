@@ -18,9 +18,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from moefold.cli.models import open_model, outputs, relative_change
+from moefold.cli.models import SENTENCES, Opened, open_model, sample_inputs
 from moefold.cli.options import Surgery, parse, with_settings
 from moefold.surgery import Plan, UpcycleConfig, load, save, upcycle, upcycle_folder
 from moefold.surgery.encoder import source_folder
@@ -78,26 +78,20 @@ def main(arguments: Sequence[str]) -> None:
     size = int(size) if size is not None and size.isdecimal() else size
     check_shard_size(size)
     torch.manual_seed(asked.seed)
-    console = Console()
+    console = Console(stderr=True)  # progress is not what the verb has to say
     if asked.stream:
         _stream(asked, config, size, console)
         return
     with _progress(console) as progress:
         step = progress.add_task(f"opening {asked.model}", total=None)
         opened = open_model(asked.model)
-        progress.update(step, description="computing the dense output")
-        before = outputs(opened)
-        progress.update(step, description="upcycling")
-        done = upcycle(opened.model, config)
-        progress.update(step, description="computing the output at birth")
-        after = outputs(opened)
+        progress.update(step, description="upcycling, and running it before and after")
+        done = _upcycle(opened, config)
         progress.update(step, description=f"writing {asked.out}")
-        save(opened.model, asked.out, tokenizer=opened.tokenizer, max_shard_size=size)
+        save(opened.model, asked.out, tokenizer=opened.processor, max_shard_size=size)
         progress.update(step, description="reading it back")
         _check_weights(opened.model, load(asked.out), asked.out)
-    _print_plan(console, done)
-    change = relative_change(before, after)
-    print(f"  {'change of output':<22} {change:.1e} of its length, on sample texts")
+    print(done)
     print(f"wrote {asked.out}; read back, every weight is the same: moefold.load opens it")
 
 
@@ -112,7 +106,8 @@ def _stream(
             f"first: hf download {asked.model} --local-dir FOLDER"
         )
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    shown = console.is_terminal
+    with Progress(*columns, console=console, transient=True, disable=not shown) as progress:
         step = progress.add_task(f"writing {asked.out}", total=None)
         sized = {} if size is None else {"max_shard_size": size}
         done = upcycle_folder(
@@ -122,24 +117,38 @@ def _stream(
             **sized,
             progress=lambda done, total: progress.update(step, completed=done, total=total),
         )
-    _print_plan(console, done)
+    print(done)
     print(f"wrote {asked.out}: moefold.load opens it")
 
 
-def _print_plan(console: Console, plan: Plan) -> None:
-    for line in str(plan).splitlines():
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+def _upcycle(opened: Opened, config: UpcycleConfig) -> Plan:
+    """Surgery with a receipt: on sample sentences if the model takes them, else on what it does."""
+    sentences = sample_inputs(opened)
+    if sentences is not None:
+        try:
+            what = f"{len(SENTENCES)} sample sentences"
+            return upcycle(opened.model, config, inputs=sentences, inputs_are=what)
+        except (RuntimeError, ValueError, TypeError, IndexError, AttributeError, KeyError):
+            pass  # the model is untouched; what is wrong with it or the config is said below
+    return upcycle(opened.model, config)
 
 
 def _check_weights(saved: nn.Module, loaded: nn.Module, folder: Path) -> None:
     before, after = saved.state_dict(), loaded.state_dict()
     different = {
-        name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])
+        name for name in before.keys() & after.keys() if not _same_bits(before[name], after[name])
     }
     if wrong := different | (before.keys() ^ after.keys()):
         raise ValueError(f"read back from {folder}, these weights differ: {sorted(wrong)}")
 
 
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights are the same, NaN too, which is not equal to itself."""
+    if one.dtype != other.dtype or one.shape != other.shape:
+        return False
+    return torch.equal(*(t.contiguous().view(-1).view(torch.uint8) for t in (one, other)))
+
+
 def _progress(console: Console) -> Progress:
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
-    return Progress(*columns, console=console, transient=True)
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

@@ -31,7 +31,7 @@ class UpcycleConfig:
         birth: how the weights start.
 
     Raises:
-        ValueError: no sites; fewer than two experts.
+        ValueError: no sites; fewer than two experts; a mixture or a birth that is none.
     """
 
     moe: MoEConfig = field(default_factory=_default_moe)
@@ -46,7 +46,17 @@ class UpcycleConfig:
             raise ValueError(
                 "sites is empty; give 'every-other', 'last:N', 'all', a regular expression or names"
             )
+        if not isinstance(self.birth, AbstractBirth):
+            raise ValueError(
+                f"birth is {self.birth!r}; it must be a birth with its settings, as in "
+                f"moefold.Copies(router_std=0.02)"
+            )
         for moe in (self.moe, *self.moe_at.values()):
+            if not isinstance(moe, MoEConfig):
+                raise ValueError(
+                    f"moe is {moe!r}; it must be a moefold.MoEConfig, as in "
+                    f"MoEConfig(num_experts=8, router='mixtral')"
+                )
             if moe.num_experts < 2:
                 raise ValueError(
                     f"num_experts is {moe.num_experts}; a mixture needs at least 2 experts, one "

@@ -43,6 +43,7 @@ def pretrained_encoder(source: str | Path = MINILM) -> "SentenceTransformer":
             reached or does not know the name.
     """
     import sentence_transformers
+    from safetensors import SafetensorError
 
     folder = source_folder(source)
     where = folder if folder is not None else source
@@ -55,7 +56,7 @@ def pretrained_encoder(source: str | Path = MINILM) -> "SentenceTransformer":
             trust_remote_code=False,
             model_kwargs={"use_safetensors": True},
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(_cannot_open(source, folder, error)) from error
     return encoder.eval()
 
@@ -223,6 +224,8 @@ def sha256_of(file: Path) -> str:
 def _cannot_open(source: str | Path, folder: Path | None, error: Exception) -> str:
     reason = str(error).strip().split("\n")[0]
     if folder is None:
+        if hub_is_out_of_reach():  # what the client then says is about its own settings
+            reason = "it cannot be reached, and there is no copy in its local cache"
         return (
             f"cannot get {str(source)!r} from the hub ({reason}); check the name and the network, "
             f"or give a local folder or the word {MINILM!r}"
