@@ -207,8 +207,8 @@ def test_refusals():
         moefold.reroute(model, routers.config("unified", budget=7.0))
     with pytest.raises(ValueError, match=r"router 'cosine' cannot take the logits .*one of .*unif"):
         moefold.reroute(model, "cosine")
-    with pytest.raises(ValueError, match=r"unknown router 'unifed'; did you mean 'unified'"):
-        moefold.reroute(model, "unifed")
+    with pytest.raises(ValueError, match=r"unknown router 'unifiedd'; did you mean 'unified'"):
+        moefold.reroute(model, "unifiedd")
     moefold.reroute(model, "unified")
     with pytest.raises(ValueError, match=r"already changed by moefold; call moefold.revert"):
         moefold.reroute(model, "expert-choice")
