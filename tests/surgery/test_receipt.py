@@ -12,10 +12,10 @@ from torch import nn
 
 import moefold
 from moefold import MoEConfig, Receipt, UpcycleConfig, routers
+from moefold.modes import evaluating
 from moefold.surgery import Copies
 from moefold.surgery.hosts.transformer import TransformersHost
 from moefold.surgery.receipt import (
-    evaluating,
     expert_similarity,
     output_of,
     relative_error,

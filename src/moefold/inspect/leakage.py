@@ -21,6 +21,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moefold.modes import evaluating
 from moefold.record import AbstractRouted, record_routing
 from moefold.routing import SparseRouting
 
@@ -133,14 +134,8 @@ Run = tuple[Tensor, list[Tensor]]
 
 
 def _run(model: nn.Module, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "..."]) -> Run:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with _recording(model) as record:
-            made = model(input_ids=ids, attention_mask=mask.long())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model), _recording(model) as record:
+        made = model(input_ids=ids, attention_mask=mask.long())
     values = made.values() if isinstance(made, Mapping) else made
     tensors = [made] if isinstance(made, Tensor) else [v for v in values if isinstance(v, Tensor)]
     output = next((t for t in tensors if t.ndim == 3 and t.shape[:2] == ids.shape), None)

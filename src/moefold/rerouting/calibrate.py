@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moefold.modes import evaluating
 from moefold.record import record_routing
 from moefold.rerouting.layer import Rerouter
 from moefold.routers.adapt import RunningThreshold
@@ -64,9 +65,7 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Calibra
     routers = _thresholds(model)
     counted = dict.fromkeys(routers, 0)
     rows = dict.fromkeys(routers, 0)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in batches:
             with record_routing(model) as record:
                 model(**batch, use_cache=False)
@@ -78,9 +77,6 @@ def calibrate(model: nn.Module, batches: Iterable[Mapping[str, Any]]) -> Calibra
                         _learn(router, routing, tokens, counted[site])
                     counted[site] += tokens
                     rows[site] += int(routing.rows_per_expert.sum())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not any(counted.values()):
         raise ValueError(
             "there are 0 real tokens to calibrate on; give text, a few thousand tokens of the kind "

@@ -9,14 +9,14 @@ Shapes: `tokens dim` are the real tokens an MLP was given, `rows` those of one e
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moefold.modes import evaluating
 from moefold.moe import MoE
 from moefold.record import record_routing
 from moefold.routing import Routing, SparseRouting
@@ -257,18 +257,6 @@ def _first_tensor(made: Any) -> Tensor:
         return made["sentence_embedding"]
     values = made.values() if isinstance(made, Mapping) else made
     return next(value for value in values if isinstance(value, Tensor))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _keep_given(kept: dict[str, Tensor], name: str) -> Any:

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moefold.modes import evaluating
 from moefold.moe import MoE, MoEConfig
 from moefold.routers.base import check_one_of
 from moefold.surgery.births.base import AbstractBirth, stacked, weight_of
@@ -34,7 +35,7 @@ from moefold.surgery.hosts.fine_tunes import (
     tokenize,
 )
 from moefold.surgery.hosts.forms import module_at, weights
-from moefold.surgery.receipt import evaluating, first_tensor_of
+from moefold.surgery.receipt import first_tensor_of
 from moefold.surgery.trial import Trial
 
 RESTS = ("average", "base")

@@ -19,6 +19,7 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from moefold.modes import evaluating
 from moefold.moe import MoE
 from moefold.routers import SparseRouter
 from moefold.routers.score import SparseTransport
@@ -186,19 +187,16 @@ def program(model: nn.Module, inputs: Mapping[str, Tensor]) -> torch.export.Expo
 @contextmanager
 def _dense(model: nn.Module) -> Iterator[None]:
     """Every mixture dense and the model in evaluation mode, as long as the context is open."""
-    modes = {module: module.training for module in model.modules()}
     changes = Changes()
-    try:
-        for layer in list(model.modules()):
-            if is_moe_layer(layer):
-                dense = DenseMixture(getattr(layer, MIXTURE))
-                changes.replace_children(layer, **{MIXTURE: dense})
-        model.eval()
-        yield
-    finally:
-        changes.undo()
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(model):
+        try:
+            for layer in list(model.modules()):
+                if is_moe_layer(layer):
+                    dense = DenseMixture(getattr(layer, MIXTURE)).eval()
+                    changes.replace_children(layer, **{MIXTURE: dense})
+            yield
+        finally:
+            changes.undo()
 
 
 def _decodes(layer: nn.Module) -> bool:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moefold.experts import activations
+from moefold.modes import evaluating
 from moefold.registry import Registry
 from moefold.surgery.hosts.base import DenseMLP, Form, Site
 
@@ -228,17 +229,11 @@ def _difference(layer: nn.Module, form: Form, mlp: DenseMLP, activation: str) ->
     dtype = torch.promote_types(mlp.up.dtype, torch.float32)
     x = torch.randn(1, _TOKENS, mlp.up.shape[1], generator=generator, device="cpu")
     x = x.to(mlp.up.device, dtype)
-    modes = {module: module.training for module in layer.modules()}
-    try:
-        layer.eval()
-        with torch.autocast(x.device.type, enabled=False):
-            found = x
-            for piece in form.pieces:
-                found = _run_in(dtype, module_at(layer, piece), found)
-            wanted = compute(_mlp_in(dtype, mlp), activation, x)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with evaluating(layer), torch.autocast(x.device.type, enabled=False):
+        found = x
+        for piece in form.pieces:
+            found = _run_in(dtype, module_at(layer, piece), found)
+        wanted = compute(_mlp_in(dtype, mlp), activation, x)
     if found.shape != wanted.shape:
         return float("inf")
     difference = float((found - wanted).double().norm() / wanted.double().norm().clamp_min(1e-30))
