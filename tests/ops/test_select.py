@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from moefold.ops.select import rank, top, within_capacity
+from moefold.ops import select
+from moefold.ops.select import LONG, rank, top, within_capacity
 
 # Few distinct values: almost every selection has to break a tie.
 VALUES = (0.0, 0.25, 0.5, 1.0)
@@ -193,3 +194,34 @@ def test_a_token_may_ask_for_fewer_than_the_others(by_gate):
         wanted = torch.rand(1, 6, 4) < 0.4
         kept = within_capacity(wanted, scores, 2, 4, by_gate)
         assert torch.equal(kept[0], slow_within_capacity(wanted[0], scores[0], 2, by_gate))
+
+
+# Long rows, where another way is taken
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("distinct", [4, 10**6])
+def test_long_rows_agree_with_short_ones(dtype, distinct, monkeypatch):
+    # The same rows by `torch.topk`, with few distinct values (all ties) and with many.
+    torch.manual_seed(0)
+    scores = torch.randint(distinct, (3, 2 * LONG)).to(dtype) / distinct
+    valid = torch.rand(3, 2 * LONG) < 0.7
+    counts = torch.tensor([0, 5, 2 * LONG])
+    cases = [
+        (1, None),
+        (LONG, None),
+        (2 * LONG, None),
+        (77, valid),
+        (counts, None),
+        (counts, valid),
+    ]
+    fast = [top(scores, count, 1, mask) for count, mask in cases]
+    monkeypatch.setattr(select, "_can_partition", lambda *_: False)
+    monkeypatch.setattr(select, "mark", select.mark_in_order)
+    for (count, mask), found in zip(cases, fast, strict=True):
+        assert torch.equal(found, top(scores, count, 1, mask))
+
+
+def test_long_rows_take_the_lowest_index_of_equals():
+    marked = top(torch.zeros(1, LONG), 3, 1)
+    assert marked.nonzero()[:, 1].tolist() == [0, 1, 2]
