@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, BioGptConfig
 
 import moefold
 from moefold import auto_classes
+from moefold.surgery.hosts import auto
 
 ORDERS = {
     "transformers first": "import transformers; transformers.AutoModel; import moefold",
@@ -49,3 +51,19 @@ def test_a_transformers_of_other_insides_is_imported_all_the_same():
     strange = types.SimpleNamespace(CONFIG_MAPPING={})
     with pytest.warns(UserWarning, match=r"cannot be told of saved mixtures .*moefold\.load opens"):
         auto_classes._register(strange)
+
+
+def test_many_threads_get_one_class():
+    def ask(barrier: threading.Barrier, found: list[type]) -> None:
+        barrier.wait()
+        found.append(auto.config_class(BioGptConfig))
+
+    found: list[type] = []
+    barrier = threading.Barrier(8)
+    threads = [threading.Thread(target=ask, args=(barrier, found)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 8
+    assert len(set(found)) == 1

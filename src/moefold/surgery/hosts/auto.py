@@ -9,7 +9,8 @@ a saved folder.
 
 import copy
 import functools
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -20,6 +21,20 @@ from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from moefold.auto_classes import NAME, PREFIX
 from moefold.surgery.hosts.changes import Changes
 from moefold.surgery.hosts.layer import install_saved
+
+_LOCK = threading.RLock()
+
+
+def _once(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Calls a function once for each argument, whatever threads ask at the same time."""
+    cached = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(base: Any) -> Any:
+        with _LOCK:
+            return cached(base)
+
+    return call
 
 
 def __getattr__(name: str) -> Any:
@@ -41,7 +56,7 @@ def is_moefold_config(config: object) -> bool:
     return str(getattr(type(config), "model_type", "")).startswith(PREFIX)
 
 
-@functools.cache
+@_once
 def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     """The config class with a `moefold` entry, known to AutoConfig from now on."""
 
@@ -65,7 +80,7 @@ def config_class(base: type[PreTrainedConfig]) -> type[PreTrainedConfig]:
     return made
 
 
-@functools.cache
+@_once
 def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The model class that builds mixtures where its config says."""
     config = config_class(base.config_class)
@@ -84,7 +99,7 @@ def model_class(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
     return type(NAME + base.__name__, (base,), body)
 
 
-@functools.cache
+@_once
 def register_models(base: type[PreTrainedConfig]) -> None:
     """Tells every Auto class that opens models of a config of those with mixtures."""
     for auto in vars(modeling_auto).values():
