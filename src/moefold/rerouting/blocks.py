@@ -57,10 +57,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
     Raises:
         ValueError: a block looks like a mixture but does not work like one.
     """
-    return [block for block in _blocks(model) if block is not None]
+    return list(_blocks(model))
 
 
-def _blocks(model: nn.Module) -> Iterator[Block | None]:
+def _blocks(model: nn.Module) -> Iterator[Block]:
     for name, module in model.named_modules():
         gate = next((g for g in GATES if hasattr(getattr(module, g, None), "weight")), None)
         experts = getattr(module, EXPERTS, None)

@@ -20,6 +20,7 @@ from moefold.routers.adapt import RunningThreshold
 from moefold.routers.base import AbstractRouter
 from moefold.routers.sparse import LogitRouter, SparseRouter
 from moefold.surgery.hosts import Changes
+from moefold.surgery.hosts.masks import cache_index
 from moefold.surgery.upcycle import CHANGES
 
 OWN = "token-choice"
@@ -161,7 +162,7 @@ def recipes(num_experts: int) -> tuple[str, ...]:
 def causal_routers(num_experts: int) -> tuple[str, ...]:
     """Names of those of them by which no later token changes an earlier one."""
     built = _all_routers(num_experts)
-    return tuple(name for name in recipes(num_experts) if built[name].is_causal)
+    return tuple(n for n, router in built.items() if _takes_logits(router) and router.is_causal)
 
 
 def _all_routers(num_experts: int) -> dict[str, AbstractRouter]:
@@ -183,7 +184,6 @@ def _install(block: Block, rerouter: Rerouter, faithful: bool, changes: Changes)
     changes.set_attribute(layer, BLOCKS, {**before, block.path: block.gate})
     if before:
         return
-    index = next((m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")), 0)
     changes.set_attribute(layer, FAITHFUL, faithful)
-    changes.set_attribute(layer, "_moefold_layer_index", index)
+    changes.set_attribute(layer, "_moefold_layer_index", cache_index(layer))
     changes.become(layer, rerouted_layer(type(layer)))

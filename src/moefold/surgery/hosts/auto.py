@@ -134,6 +134,7 @@ def rebuild(model: PreTrainedModel) -> None:
         holders, new = signed_config(part, {**section, "sites": names})
         for module in holders:
             module.__dict__["config"] = new
+        part.__dict__["_weight_conversions"] = []  # see `TransformersHost.sign`
 
 
 def signed_config(

@@ -103,9 +103,10 @@ def weights(layer: nn.Module, form: Form) -> DenseMLP:
 
 
 def run_dense(layer: nn.Module, form: Form, x: Float[Tensor, "*batch dim"]) -> Tensor:
-    """The MLP as the host computes it, without what the host does around it."""
+    """The MLP as the host computes it in the dtype of `x`, without what is done around it."""
+    dtype = x.dtype
     for piece in form.pieces:
-        x = module_at(layer, piece)(x)
+        x = _run_in(dtype, module_at(layer, piece), x)
     return x
 
 
@@ -230,9 +231,7 @@ def _difference(layer: nn.Module, form: Form, mlp: DenseMLP, activation: str) ->
     x = torch.randn(1, _TOKENS, mlp.up.shape[1], generator=generator, device="cpu")
     x = x.to(mlp.up.device, dtype)
     with evaluating(layer), torch.autocast(x.device.type, enabled=False):
-        found = x
-        for piece in form.pieces:
-            found = _run_in(dtype, module_at(layer, piece), found)
+        found = run_dense(layer, form, x)
         wanted = compute(_mlp_in(dtype, mlp), activation, x)
     if found.shape != wanted.shape:
         return float("inf")

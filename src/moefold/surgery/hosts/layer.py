@@ -26,7 +26,7 @@ from moefold.surgery.hosts.base import Form, Site
 from moefold.surgery.hosts.changes import Changes
 from moefold.surgery.hosts.forms import form_of, holder_of, module_at, weights
 from moefold.surgery.hosts.lens import Lens, Seen, names_of_arguments, seen_class, standing_in
-from moefold.surgery.hosts.masks import is_packed, real_tokens
+from moefold.surgery.hosts.masks import cache_index, is_packed, real_tokens
 
 MIXTURE = "moe"
 """The name of the mixture in its layer, whatever the host."""
@@ -39,7 +39,7 @@ def install(site: Site, moe: MoE, changes: Changes) -> None:
     """Puts a mixture in the place of a layer's MLP, whose modules leave the tree."""
     layer, form = site.layer, site.form
     kept = None if form.dropout is None else module_at(layer, form.dropout)
-    index = next((m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")), 0)
+    index = cache_index(layer)  # while the layer is whole
     base = type(layer)
     # The mixture first: undone last, it says where the model is by then, should nothing else.
     changes.replace_children(layer, **{MIXTURE: moe, DROPOUT: kept} if kept else {MIXTURE: moe})

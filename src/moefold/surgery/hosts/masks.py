@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def real_tokens(
@@ -92,6 +92,12 @@ def _attended(mask: Tensor) -> Tensor:
     if mask.is_floating_point():
         return mask > torch.finfo(mask.dtype).min / 2
     return mask.ne(0)
+
+
+def cache_index(layer: nn.Module) -> int:
+    """The index of a layer in the cache, as its attention knows it; 0 where there is none."""
+    found: Any = next((m.layer_idx for m in layer.modules() if hasattr(m, "layer_idx")), 0)
+    return found
 
 
 def _own_keys(mask: Tensor, cache: Any, layer_index: int) -> Tensor:

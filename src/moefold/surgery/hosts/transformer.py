@@ -68,7 +68,8 @@ class TransformersHost(AbstractHost):
         stock = {key: _stock(old) for key, old in olds.items()}
         for module in held:
             module.__dict__["config"] = stock[id(module.config)]
-        model.__dict__.pop("_weight_conversions", None)
+        for module in held:
+            module.__dict__.pop("_weight_conversions", None)
         if type(model).__module__ == auto.__name__:
             model.__class__ = type(model).__bases__[0]
 
@@ -105,15 +106,13 @@ class TransformersHost(AbstractHost):
     def read(self, folder: Path) -> nn.Module:
         """Opens the folder with the class that wrote it, on the CPU, in evaluation mode."""
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        kind, architectures = (
-            str(config.get("model_type")),
-            config.get("architectures") or ["PreTrainedModel"],
-        )
-        base = getattr(transformers, architectures[0].removeprefix("Moefold"), None)
+        kind = str(config.get("model_type"))
+        name = (config.get("architectures") or ["PreTrainedModel"])[0]
+        base = getattr(transformers, name.removeprefix(auto.NAME), None)
         known = isinstance(base, type) and issubclass(base, PreTrainedModel)
         if not kind.startswith(auto.PREFIX) or not known:
             raise ValueError(
-                f"{folder}/config.json describes a {architectures[0]} of type {kind!r}; it must "
+                f"{folder}/config.json describes a {name} of type {kind!r}; it must "
                 f"be a model of transformers of a type that begins with {auto.PREFIX!r}"
             )
         auto.config_class(CONFIG_MAPPING[kind.removeprefix(auto.PREFIX)])
