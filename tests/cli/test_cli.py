@@ -21,12 +21,6 @@ OFF_BY = r"measured +on 6 sample sentences: the output of the model is off by (\
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "rain", "token", "."]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
 @pytest.fixture
 def dense(tmp_path):
     """A BERT-like folder with a tokenizer, as the real classes save it."""

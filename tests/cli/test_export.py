@@ -20,12 +20,6 @@ from moefold.cli import main
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "rain"]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
 @pytest.fixture
 def mixture():
     """The folder `llama-moe`: a saved mixture with a tokenizer."""

@@ -62,12 +62,6 @@ HOSTS: dict[str, Callable[[], Any]] = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
 def saved(name: str, *, tokenizer: bool = False, padding: bool = True) -> str:
     """The folder of a host."""
     HOSTS[name]().save_pretrained(name)

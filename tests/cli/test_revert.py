@@ -18,12 +18,6 @@ from moefold.surgery.encoder import MINILM_PACKAGE, pretrained_encoder
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "rain", "token", "."]
 
 
-@pytest.fixture(autouse=True)
-def _elsewhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
-
-
 @pytest.fixture
 def folders(tmp_path):
     """A dense model and a mixture made of it, trained since, each with a tokenizer."""
