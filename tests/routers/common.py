@@ -22,10 +22,16 @@ SPARSE = tuple(name for name in NAMES if name not in ("soft",))
 LEARNT = tuple(name for name in SPARSE if name not in ("hash", "random"))
 DIM, EXPERTS = 6, 4
 
-# Every router as it comes (without jitter, which draws anew), and other ways to compete.
+# Every router as it comes (without what is drawn anew in each pass), and other ways to compete.
+UNDRAWN = {"switch": {"jitter": 0.0}, "compete": {"rate": 0.0}}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
-    *((name, {"jitter": 0.0} if name == "switch" else {}) for name in NAMES),
+    *((name, UNDRAWN.get(name, {})) for name in NAMES),
     ("token-choice", {"renormalize": True, "k": 3}),
+    ("unified", {"capacity": 2}),
+    ("unified", {"budget": 1.5, "capacity_factor": 1.0, "group": "batch"}),
+    ("unified", {"capacity_factor": 1.0, "max_experts": 3}),
+    ("unified", {"capacity": 2, "min_experts": 1, "max_experts": 3}),
+    ("custom", {"score": "softmax", "choice": "top-pairs", "capacity": 2}),
     ("token-choice", {"k": 1, "capacity": 1}),
     ("token-choice", {"capacity": 1}),
     ("token-choice", {"capacity_factor": 0.7}),

@@ -162,3 +162,92 @@ def within_capacity(
     room = capacity if isinstance(capacity, int) else per_group(capacity, queue)
     kept = (queue & (queue.cumsum(1) <= room)).reshape(arriving.shape).any(1)
     return kept if order is None else torch.zeros_like(kept).scatter(1, order, kept)
+
+
+def within_columns(
+    scores: Float[Tensor, "groups members experts"],
+    open_to: Bool[Tensor, "groups members experts"],
+    room: Int[Tensor, "groups experts"],
+) -> Bool[Tensor, "groups members experts"]:
+    """Keep the best open pairs of every expert, as many as its own room."""
+    return open_to & (_place_of_open(open_to, _order(scores, 1), 1) < room.unsqueeze(1))
+
+
+@torch.no_grad()
+def within_both(
+    scores: Float[Tensor, "groups members experts"],
+    open_to: Bool[Tensor, "groups members experts"],
+    of_member: Int[Tensor, "groups members"],
+    of_expert: Int[Tensor, "groups experts"],
+) -> Bool[Tensor, "groups members experts"]:
+    """Take the open pairs greedily, the best first, each if its member and its expert have room.
+
+    Pairs are ordered by score; the lowest flat index wins a tie. The number of rounds depends on
+    the scores, so the device is waited for in each, and the function cannot be compiled.
+
+    Args:
+        scores: scores without NaN.
+        open_to: which pairs take part.
+        of_member: most pairs of each member.
+        of_expert: most pairs of each expert.
+    """
+    # In a round, each open pair is taken that is within the room left to its member, counted among
+    # the member's open pairs, and likewise within that of its expert. Then pairs are closed whose
+    # member or expert is full. This ends with what one pair after another would have taken, G:
+    #
+    # - All that is taken is in G. Suppose the pair p is the first that is not. When p's turn came
+    #   in G, its member (or its expert: the same) was full, of pairs of G that are better than p.
+    #   Which of the member's better pairs are in G? Those taken in earlier rounds, and open ones;
+    #   none that was closed, for its expert is full of taken pairs, which are all of G that it can
+    #   hold (and its member is not full: p is open). So the better open pairs are at least as many
+    #   as the room that is left, and p was not within it.
+    # - Nothing else is in G: what is not taken was closed, by a member or an expert that is full of
+    #   taken pairs, so of pairs of G.
+    # - A round takes something: the best open pair is the best of its member and of its expert.
+    in_row, in_column = _order(scores, 2), _order(scores, 1)
+    taken = torch.zeros_like(open_to)
+    of_member, of_expert = of_member.unsqueeze(2), of_expert.unsqueeze(1)
+    while True:
+        open_to = open_to & (of_member > 0) & (of_expert > 0)
+        if not bool(open_to.any()):
+            return taken
+        now = open_to & (_place_of_open(open_to, in_row, 2) < of_member)
+        now &= _place_of_open(open_to, in_column, 1) < of_expert
+        taken, open_to = taken | now, open_to & ~now
+        of_member = of_member - now.sum(2, keepdim=True)
+        of_expert = of_expert - now.sum(1, keepdim=True)
+
+
+@torch.no_grad()
+def within_both_reference(
+    scores: Float[Tensor, "groups members experts"],
+    open_to: Bool[Tensor, "groups members experts"],
+    of_member: Int[Tensor, "groups members"],
+    of_expert: Int[Tensor, "groups experts"],
+) -> Bool[Tensor, "groups members experts"]:
+    """What `within_both` computes, one pair after another."""
+    experts = scores.shape[2]
+    taken = torch.zeros_like(open_to)
+    for group in range(scores.shape[0]):
+        members_room, experts_room = of_member[group].tolist(), of_expert[group].tolist()
+        flat = scores[group].flatten()
+        for pair in flat.sort(descending=True, stable=True).indices.tolist():
+            member, expert = divmod(pair, experts)
+            has_room = members_room[member] > 0 and experts_room[expert] > 0
+            if has_room and bool(open_to[group, member, expert]):
+                taken[group, member, expert] = True
+                members_room[member] -= 1
+                experts_room[expert] -= 1
+    return taken
+
+
+def _order(scores: Tensor, dim: int) -> Tensor:
+    """Indices along a dim, largest score first, the lowest index first among equals."""
+    return torch.sort(scores, dim=dim, descending=True, stable=True).indices
+
+
+def _place_of_open(open_to: Tensor, order: Tensor, dim: int) -> Tensor:
+    """How many open pairs come before each pair in the order."""
+    asked = open_to.gather(dim, order)
+    before = asked.cumsum(dim) - asked.long()
+    return torch.empty_like(before).scatter(dim, order, before)

@@ -3,7 +3,8 @@
 Shapes: a number for one group, `[groups]` for several.
 
 One convention, and the two published ones as settings. With `n` real tokens in the group, `k`
-experts asked for by each token (1 where experts choose) and `E` experts:
+experts asked for by each token (1 where experts choose; an average need not be whole) and `E`
+experts:
 
     "moefold"     ceil(factor * n * k / E)
     "vmoe"        the same, rounded up to a multiple of 4        [google-research/vmoe]
@@ -58,7 +59,7 @@ class Capacity:
         """Whether every token finds room."""
         return self.rows is None and self.factor is None
 
-    def of(self, tokens: int, k: int, experts: int) -> int:
+    def of(self, tokens: int, k: float, experts: int) -> int:
         """Rows of one expert in a group of so many real tokens."""
         if self.rows is not None:
             return min(self.rows, tokens)
@@ -75,8 +76,8 @@ class Capacity:
         return min(rows, tokens)
 
     def of_groups(
-        self, tokens: Int[Tensor, " groups"], k: int, experts: int
-    ) -> Int[Tensor, " groups"]:
+        self, tokens: Int[Tensor, "*groups"], k: float, experts: int
+    ) -> Int[Tensor, "*groups"]:
         """The same for every group, from its number of real tokens, without leaving the device."""
         if self.rows is not None:
             return tokens.clamp_max(self.rows)

@@ -9,16 +9,20 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moefold.ops.select import rank, top, within_capacity
+from moefold.ops.select import rank, top, within_both, within_capacity, within_columns
 from moefold.ops.transport import assign_balanced
 from moefold.routers.base import Reach, check_at_least_zero, check_k, check_one_of, check_positive
 from moefold.routers.capacity import Capacity
 
 Scores = Float[Tensor, "groups members experts"]
 Valid = Bool[Tensor, "groups members"] | None
+
+
+Share = Literal["pairs", "experts", "tokens"]
+"""One budget for all pairs of a group, a number of rows for each expert, or for each token."""
 
 
 class Picked(NamedTuple):
@@ -41,6 +45,23 @@ class Choice(Protocol):
 
     @property
     def reach(self) -> Reach: ...
+
+    @property
+    def share(self) -> Share:
+        """What a group's pairs compete for; see `Share`."""
+        ...
+
+    def fan_out(self, num_experts: int) -> float:
+        """Experts of one token on average.
+
+        Raises:
+            ValueError: it depends on the number of tokens.
+        """
+        ...
+
+    def quota(self, tokens: Int[Tensor, "*groups"], num_experts: int) -> Int[Tensor, "*groups"]:
+        """Pairs that groups of so many real tokens choose, of each share."""
+        ...
 
     def check(self, num_experts: int) -> None:
         """Refuse settings that do not fit the number of experts."""
@@ -73,6 +94,7 @@ class TopExperts:
     priority: Literal["order", "gate"] = "order"
     expert_groups: int = 1
     top_groups: int = 1
+    share: Share = field(default="tokens", init=False)
 
     def __post_init__(self) -> None:
         check_positive("k", self.k)
@@ -87,6 +109,12 @@ class TopExperts:
         # Room by arrival depends on the past only, if the room itself is a fixed number.
         by_arrival = self.k == 1 and self.priority == "order" and self.capacity.rows is not None
         return "past" if by_arrival else "group"
+
+    def fan_out(self, num_experts: int) -> float:
+        return float(self.k)
+
+    def quota(self, tokens: Tensor, num_experts: int) -> Tensor:
+        return torch.full_like(tokens, self.k)
 
     def check(self, num_experts: int) -> None:
         check_k(self.k, num_experts)
@@ -145,6 +173,7 @@ class TopTokens:
     capacity: Capacity = field(default_factory=lambda: Capacity(factor=2.0))
     only_positive: bool = False
     reach: Reach = field(default="group", init=False)
+    share: Share = field(default="experts", init=False)
 
     def __post_init__(self) -> None:
         if self.capacity.is_unlimited:
@@ -152,6 +181,18 @@ class TopTokens:
                 "capacity and capacity_factor are both None; where experts choose tokens one of "
                 "them must say how many, for instance capacity_factor=2.0."
             )
+
+    def fan_out(self, num_experts: int) -> float:
+        if self.capacity.factor is None:
+            raise ValueError(
+                f"capacity is {self.capacity.rows} rows of an expert, whatever the number of "
+                f"tokens, so that nothing says how many experts one token has; give "
+                f"capacity_factor, or another inference rule than 'token-choice'."
+            )
+        return self.capacity.factor
+
+    def quota(self, tokens: Tensor, num_experts: int) -> Tensor:
+        return self.capacity.of_groups(tokens, 1, num_experts)
 
     def check(self, num_experts: int) -> None:
         pass
@@ -172,18 +213,34 @@ class TopPairs:
 
     The group's budget is `floor(budget * real tokens + 1/2)` pairs, so a fractional budget is an
     average. Bounds on the experts of one token make it SeqTopK: the minimum is taken first, the
-    rest by score, which is exact (the bounds form a laminar matroid).
+    rest by score, which is exact (the bounds form a laminar matroid). So is a bound on the tokens
+    of one expert alone: each expert's best pairs, and of those the best.
+
+    `max_experts` and `capacity` together ask for a b-matching. The pairs are taken greedily, the
+    best first, each if its token and its expert have room. Where scores are not negative they then
+    add up to at least half of the most that is possible (Korte and Hausmann, *An analysis of the
+    greedy heuristic for independence systems*, 1978: the bounds are two matroids). Greed is settled
+    in rounds whose number depends on the scores, which `torch.compile` cannot follow.
+
+    Where the bounds leave no room for the whole budget, fewer pairs are taken. Capacity wins over
+    `min_experts`: first every token takes up to its minimum, greedily among the experts that have
+    room, so a token has less only where no other expert with room was left for it; then the rest
+    of the budget is given out.
 
     Attributes:
         budget: pairs for each real token, on average; need not be whole.
-        min_experts: every token takes at least so many.
+        min_experts: every token takes at least so many, as far as there is room.
         max_experts: no token takes more, None for no bound.
+        capacity: rows of one expert in one group; the fair share of a factor is
+            `budget * tokens / experts`. Unlimited by default.
     """
 
     budget: float = 2.0
     min_experts: int = 0
     max_experts: int | None = None
+    capacity: Capacity = field(default_factory=Capacity)
     reach: Reach = field(default="group", init=False)
+    share: Share = field(default="pairs", init=False)
 
     def __post_init__(self) -> None:
         check_positive("budget", self.budget, integer=False)
@@ -200,6 +257,20 @@ class TopPairs:
                 f"max_experts is {self.max_experts}, less than the budget of {self.budget} experts "
                 "a token; raise max_experts or lower budget."
             )
+
+    def fan_out(self, num_experts: int) -> float:
+        return float(self.budget)
+
+    def quota(self, tokens: Tensor, num_experts: int) -> Tensor:
+        return self._pairs_of_groups(tokens, num_experts)
+
+    def bounds(self, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
+        """Pairs that a token takes in any case, and pairs it may take; None for no such bound."""
+        if not self.min_experts and self.max_experts is None:
+            return None, None
+        place = rank(scores)
+        must = place < self.min_experts if self.min_experts else None
+        return must, None if self.max_experts is None else place < self.max_experts
 
     def check(self, num_experts: int) -> None:
         check_positive("num_experts", num_experts)
@@ -223,7 +294,45 @@ class TopPairs:
         count = most if valid is None else self._pairs_of_groups(valid.sum(1), experts)
         open_flat = None if open_to is None else open_to.flatten(1)
         chosen = top(contest.flatten(1), count, 1, open_flat, most).reshape(scores.shape)
-        return Picked(chosen, None, groups * most)
+        if self.capacity.is_unlimited:
+            return Picked(chosen, None, groups * most)
+        must, may = self._within_capacity(scores, valid)
+        contest = scores if must is None else scores.masked_fill(must, torch.inf)
+        kept = top(contest.flatten(1), count, 1, may.flatten(1), most).reshape(scores.shape)
+        room = self.capacity.of(members, self.budget, experts)
+        return Picked(kept, chosen, groups * min(most, experts * room))
+
+    def _within_capacity(self, scores: Scores, valid: Valid) -> tuple[Tensor | None, Tensor]:
+        """Pairs that are taken for a minimum, and all pairs that the bounds let through."""
+        groups, members, experts = scores.shape
+        bounded = self.min_experts > 0 or self.max_experts is not None
+        if bounded and torch.compiler.is_compiling():
+            raise ValueError(
+                "capacity together with min_experts or max_experts is settled in rounds, whose "
+                "number depends on the scores, and cannot be compiled; leave one of the two bounds "
+                "out, or do not compile the router."
+            )
+        most = self.capacity.of(members, self.budget, experts)
+        rows = most
+        if valid is not None:
+            rows = self.capacity.of_groups(valid.sum(1), self.budget, experts)
+        real = _spread(valid, scores)
+        if not bounded:
+            return None, top(scores, rows, 1, real, most)
+        rest = torch.ones_like(scores, dtype=torch.bool) if real is None else real
+        of_token = torch.zeros(groups, members, dtype=torch.long, device=scores.device)
+        of_expert = of_token.new_zeros(groups, experts)
+        of_expert += rows if isinstance(rows, int) else rows.unsqueeze(1)
+        must = None
+        if self.min_experts:
+            must = within_both(scores, rest, of_token + self.min_experts, of_expert)
+            rest, of_token = rest & ~must, of_token - must.sum(2)
+            of_expert = of_expert - must.sum(1)
+        if self.max_experts is None:
+            may = within_columns(scores, rest, of_expert)
+        else:
+            may = within_both(scores, rest, of_token + self.max_experts, of_expert)
+        return must, may if must is None else may | must
 
     def pairs(self, tokens: int, experts: int) -> int:
         """Budget of a group of so many real tokens; halves are rounded up."""
@@ -241,6 +350,16 @@ class Above:
 
     threshold: float = 0.0
     reach: Reach = field(default="token", init=False)
+    share: Share = field(default="tokens", init=False)
+
+    def fan_out(self, num_experts: int) -> float:
+        raise ValueError(
+            "pairs above a threshold are as many as there are; nothing says how many experts one "
+            "token has."
+        )
+
+    def quota(self, tokens: Tensor, num_experts: int) -> Tensor:
+        return torch.full_like(tokens, num_experts)
 
     def check(self, num_experts: int) -> None:
         pass
@@ -260,6 +379,13 @@ class Balanced:
     """
 
     reach: Reach = field(default="group", init=False)
+    share: Share = field(default="tokens", init=False)
+
+    def fan_out(self, num_experts: int) -> float:
+        return 1.0
+
+    def quota(self, tokens: Tensor, num_experts: int) -> Tensor:
+        return torch.ones_like(tokens)
 
     def check(self, num_experts: int) -> None:
         pass

@@ -26,6 +26,10 @@ class Score(Protocol):
     @property
     def reach(self) -> Reach: ...
 
+    def alone(self) -> "Score":
+        """The score that stands for it where nothing is known but the token."""
+        ...
+
     def __call__(self, logits: Scores, valid: Valid) -> Scores: ...
 
 
@@ -34,6 +38,9 @@ class Softmax:
     """Softmax over experts: how much of a token an expert gets, relative to the other experts."""
 
     reach: Reach = field(default="token", init=False)
+
+    def alone(self) -> "Softmax":
+        return self
 
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         return logits.softmax(-1)
@@ -45,6 +52,9 @@ class Sigmoid:
 
     reach: Reach = field(default="token", init=False)
 
+    def alone(self) -> "Sigmoid":
+        return self
+
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         return logits.sigmoid()
 
@@ -55,6 +65,9 @@ class Relu:
 
     reach: Reach = field(default="token", init=False)
 
+    def alone(self) -> "Relu":
+        return self
+
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         return logits.relu()
 
@@ -64,6 +77,9 @@ class Identity:
     """The logits themselves."""
 
     reach: Reach = field(default="token", init=False)
+
+    def alone(self) -> "Identity":
+        return self
 
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         return logits
@@ -97,6 +113,9 @@ class Unified:
     def reach(self) -> Reach:
         return "token" if self.expert_score == "sigmoid" else "group"
 
+    def alone(self) -> "Unified":
+        return Unified(alpha=self.alpha)  # what the paper's later versions put in its place
+
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         if self.expert_score == "sigmoid":
             by_expert = logits.sigmoid() * (2.0 / logits.shape[-1])
@@ -120,6 +139,9 @@ class Sinkhorn:
         check_positive("iterations", self.iterations)
         check_positive("epsilon", self.epsilon, integer=False)
 
+    def alone(self) -> "Softmax":
+        return Softmax()  # the plan's similarity, and what its rows are weighed by
+
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         return sinkhorn(logits, valid, iterations=self.iterations, epsilon=self.epsilon)
 
@@ -141,6 +163,9 @@ class SparseTransport:
         check_positive("iterations", self.iterations)
         check_positive("learning_rate", self.learning_rate, integer=False)
         check_positive("gamma", self.gamma, integer=False)
+
+    def alone(self) -> "Softmax":
+        return Softmax()  # the plan's similarity, and what its rows are weighed by
 
     def __call__(self, logits: Scores, valid: Valid) -> Scores:
         _, members, experts = logits.shape
