@@ -31,6 +31,10 @@ class Case:
 BY_ARRIVAL = {"permuting tokens": "who comes first finds room"}
 JITTER = {"same in training": "jitter multiplies the input in training"}
 NOISE = {"same in training": "noise is added in training"}
+COMPETES = {
+    "same in training": "all experts compete in training",
+    "gradient reaches parameters": "in a competition the gate learns from a loss only",
+}
 FIXED_GROUPS = {"relabelling experts": "a group of experts is a range of their numbers"}
 
 ROUTERS = [
@@ -45,6 +49,8 @@ ROUTERS = [
     Case("token-choice", {"capacity": 2, "group": 6}, BY_ARRIVAL),
     Case("switch", exceptions={**BY_ARRIVAL, **JITTER}),
     Case("mixtral"),
+    Case("compete"),
+    Case("compete", {"k": 3, "rate": 1.0}, COMPETES),
     Case("sinkhorn-token-choice"),
     Case(
         "sinkhorn-token-choice", {"capacity_factor": 0.5, "noise_std": 1.0}, {**BY_ARRIVAL, **NOISE}

@@ -156,7 +156,7 @@ def test_a_configuration_is_frozen_and_keyword_only():
         ({"expert_width": 0}, "expert_width is 0; it must be a positive whole number"),
         ({"shared_width": -1}, "shared_width is -1; it must be"),
         ({"losses": {"balanc": 0.1}}, "unknown loss 'balanc'; did you mean 'balance'"),
-        ({"losses": {"Z": 0.1}}, "unknown loss 'Z'; did you mean 'z'|unknown loss 'Z'; Registered"),
+        ({"losses": {"Z": 0.1}}, "unknown loss 'Z'; "),
     ],
     ids=["experts", "width", "shared", "loss", "loss-case"],
 )

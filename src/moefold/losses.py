@@ -10,6 +10,7 @@ ordinary training loop needs no change; it then counts once for each forward pas
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
@@ -161,6 +162,62 @@ def l1(routing: Routing) -> Float[Tensor, ""]:
     return loss if routing.l1_strength is None else loss * routing.l1_strength
 
 
+@losses.register(
+    "membership", summary="Mixture-of-Depths: a predictor learns which pairs the group chooses."
+)
+def membership(routing: Routing) -> Float[Tensor, ""]:
+    """Mean over real pairs of the binary cross-entropy of the predictor with what was chosen.
+
+    It has a gradient for the predictor only; 0 where a router has none.
+
+    Source: Raposo et al., *Mixture-of-Depths*, 2024, section 3.5.
+    """
+    if not has_choice(routing) or routing.predicted is None:
+        return zero(routing)
+    real = _real(routing).unsqueeze(-1).expand_as(routing.predicted)
+    each = torch.nn.functional.binary_cross_entropy_with_logits(
+        routing.predicted, routing.chosen.to(routing.predicted.dtype), reduction="none"
+    )
+    return (each * real).sum() / real.sum().clamp_min(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foresight:
+    """Squared distance of the gate's softmax from that of the affinities it learns to foresee.
+
+    Mean over real tokens and experts; plus, times `theta`, the same over the winners only. The
+    affinities are the target: they get no gradient. 0 in passes in which no experts competed.
+
+    Source: Nguyen et al., *CompeteSMoE*, 2025; `theta` is `router_theta` of the released code, 0.1
+    there by default and 0.2 in its language models.
+
+    Attributes:
+        theta: how much the winners count besides.
+    """
+
+    theta: float = 0.0
+
+    def __call__(self, routing: Routing) -> Float[Tensor, ""]:
+        """The loss of one routing."""
+        if not has_choice(routing) or routing.student is None or routing.decide is not None:
+            return zero(routing)
+        target = _logits(routing).softmax(-1).detach()
+        square = (routing.student.softmax(-1) - target).square()
+        real = _real(routing).unsqueeze(-1).expand_as(square)
+        loss = _mean_where(square, real)
+        return loss + self.theta * _mean_where(square, _asked(routing) & real)
+
+
+losses.register(
+    "competition", Foresight(), summary="CompeteSMoE: a gate learns to foresee whose result wins."
+)
+losses.register(
+    "competition-hybrid",
+    Foresight(theta=0.1),
+    summary="CompeteSMoE: the same, with the winners counted once more.",
+)
+
+
 def has_choice(routing: Routing) -> TypeGuard[SparseRouting]:
     """Whether there is anything to balance: a sparse routing made from logits."""
     return isinstance(routing, SparseRouting) and routing.logits is not None
@@ -206,6 +263,10 @@ def _variation(mass: Float[Tensor, "groups experts"]) -> Float[Tensor, " groups"
     mean = mass.mean(-1)
     spread = (mass - mean.unsqueeze(-1)).square().mean(-1)
     return spread / _at_least_tiny(mean.square())
+
+
+def _mean_where(value: Tensor, counted: Bool[Tensor, "..."]) -> Float[Tensor, ""]:
+    return (value * counted).sum() / counted.sum().clamp_min(1)
 
 
 def _mean_of_groups(

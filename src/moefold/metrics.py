@@ -89,7 +89,7 @@ def dropped(routing: Routing) -> float:
     if isinstance(routing, SoftRouting) or routing.wanted is None:
         return 0.0
     asked = int(routing.wanted.sum())
-    return 1 - int(routing.rows_per_expert.sum()) / asked if asked else 0.0
+    return int((routing.wanted & ~routing.chosen).sum()) / asked if asked else 0.0
 
 
 @torch.no_grad()

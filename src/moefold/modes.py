@@ -1,9 +1,11 @@
-"""Training and evaluation mode of a model, put back as they were found."""
+"""Modes of a model, put back as they were found."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+
+from moefold.routers import AbstractRouter
 
 
 @contextmanager
@@ -16,3 +18,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+@contextmanager
+def competing(model: nn.Module) -> Iterator[None]:
+    """Routers with an inference rule let the group choose, as in training.
+
+    For embeddings of whole texts, where seeing later tokens does no harm.
+    """
+    routers = [module for module in model.modules() if isinstance(module, AbstractRouter)]
+    before = [router.competes for router in routers]
+    for router in routers:
+        router.competes = True
+    try:
+        yield
+    finally:
+        for router, mode in zip(routers, before, strict=True):
+            router.competes = mode

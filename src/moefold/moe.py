@@ -5,6 +5,7 @@
 Shapes: `batch tokens dim` in and out (or `tokens dim`, one sequence).
 """
 
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, final
@@ -16,9 +17,12 @@ from torch import Tensor, nn
 from moefold.experts import Experts, activations, backends
 from moefold.losses import losses as known_losses
 from moefold.ops.ride import ride
+from moefold.output_losses import output_losses as known_output_losses
 from moefold.record import AbstractRouted
+from moefold.registry import Registry
 from moefold.routers import RouterConfig
 from moefold.routers.base import check_at_least_zero, check_positive
+from moefold.routers.inference import Past
 from moefold.routing import Routing
 
 if TYPE_CHECKING:
@@ -73,7 +77,7 @@ class MoEConfig:
             check_positive("expert_width", self.expert_width)
         check_at_least_zero("shared_width", self.shared_width)
         for name, coefficient in (self.losses or {}).items():
-            known_losses.get(name)
+            _kind_of_loss(name).get(name)
             check_at_least_zero(f"coefficient of loss {name!r}", coefficient)
         activations.get(self.activation)
         if self.backend != "auto":
@@ -170,6 +174,7 @@ class MoE(AbstractRouted):
         x: Float[Tensor, "*batch tokens dim"],
         mask: Bool[Tensor, "*batch tokens"] | None = None,
         ids: Int[Tensor, "*batch tokens"] | None = None,
+        past: Past | None = None,
     ) -> Float[Tensor, "*batch tokens dim"]:
         """Route the tokens through their experts.
 
@@ -177,35 +182,44 @@ class MoE(AbstractRouted):
             x: the tokens.
             mask: True for real tokens; padding comes back as zero and counts nowhere.
             ids: token ids, for routers that hash them.
+            past: earlier tokens, for routers that look at them.
 
         Raises:
             ValueError: wrong input, see `AbstractRouter.check`; non-finite logits.
         """
         if x.ndim != 2:
-            return self._mix(x, mask, ids)
+            return self._mix(x, mask, ids, past)
         for name, value in (("mask", mask), ("ids", ids)):
             if value is not None and value.shape != x.shape[:1]:
                 raise ValueError(
                     f"{self.site or 'this layer'}: {name} has shape {tuple(value.shape)}, but x "
                     f"has [tokens] = {tuple(x.shape[:1])}. Pass one value for each token."
                 )
-        lifted = [None if t is None else t.unsqueeze(0) for t in (mask, ids)]
-        return self._mix(x.unsqueeze(0), *lifted).squeeze(0)
+        mask, ids = (None if t is None else t.unsqueeze(0) for t in (mask, ids))
+        return self._mix(x.unsqueeze(0), mask, ids, past).squeeze(0)
 
-    def _mix(self, x: Tensor, mask: Tensor | None, ids: Tensor | None) -> Tensor:
-        routing = self.router(x, mask) if ids is None else self.router(x, mask, ids)
-        self.hand_over(routing)
+    def _mix(self, x: Tensor, mask: Tensor | None, ids: Tensor | None, past: Past | None) -> Tensor:
+        more: dict[str, Any] = {} if ids is None else {"ids": ids}
+        if past is not None:
+            more["past"] = past
+        routing = self.router(x, mask, **more)
         rows = self.experts(routing.dispatch(x), routing.rows_per_expert, backend=self.backend)
+        routing = routing.settled(rows)
+        self.hand_over(routing)
         y = routing.combine(rows)
         if self.shared is not None:
             y = y + self._shared(x, mask)
         if self.losses and self.training and torch.is_grad_enabled():
-            y = ride(y, self.loss(routing) * self.loss_scale)
+            y = ride(y, self.loss(routing, rows) * self.loss_scale)
         return y
 
-    def loss(self, routing: Routing) -> Float[Tensor, ""]:
-        """The weighted sum of this layer's auxiliary losses for one routing."""
-        parts = [c * known_losses.get(name)(routing) for name, c in self.losses.items()]
+    def loss(self, routing: Routing, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
+        """The weighted sum of this layer's auxiliary losses for one routing and its results."""
+        parts = []
+        for name, coefficient in self.losses.items():
+            kind = _kind_of_loss(name)
+            given = (routing,) if kind is known_losses else (routing, rows)
+            parts.append(coefficient * kind.get(name)(*given))
         return torch.stack(parts).sum()
 
     def _shared(self, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -218,6 +232,24 @@ class MoE(AbstractRouted):
         count = torch.full((1,), flat.shape[0], device=x.device)
         out = self.shared(flat, count, backend=self.backend).reshape(x.shape)
         return out if padding is None else out.masked_fill(padding, 0.0)
+
+
+def _kind_of_loss(name: str) -> Registry[Any]:
+    """The registry that has a loss of this name.
+
+    Raises:
+        ValueError: neither has.
+    """
+    for kind in (known_losses, known_output_losses):
+        if name in kind:
+            return kind
+    every = (*known_losses.names(), *known_output_losses.names())
+    near = difflib.get_close_matches(name, every, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"unknown loss {name!r}; {hint}Of a routing: {', '.join(known_losses.names())}; of the "
+        f"experts' results: {', '.join(known_output_losses.names())}"
+    )
 
 
 def set_loss_scale(model: nn.Module, scale: float) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from moefold.losses import losses
 from moefold.metrics import metrics
+from moefold.output_losses import output_losses
 from moefold.routers import AbstractRouter
 from moefold.routing import Routing
 
@@ -121,10 +122,19 @@ class Record(Mapping[str, list[Routing]]):
 
         Args:
             **coefficients: by loss name, `_` for `-`: `loss(balance=0.01, z=0.001)`.
+
+        Raises:
+            ValueError: an unknown loss, or one of the experts' results.
         """
         total = torch.zeros(())
         for name, coefficient in coefficients.items():
-            function = losses.get(name.replace("_", "-"))
+            name = name.replace("_", "-")
+            if name not in losses and name in output_losses:
+                raise ValueError(
+                    f"loss {name!r} needs the experts' results, which a record does not hold; name "
+                    f"it in the layer, MoEConfig(losses={{{name!r}: {coefficient}}}), and it rides."
+                )
+            function = losses.get(name)
             for routings in self.values():
                 if routings:
                     value = torch.stack([function(routing) for routing in routings]).mean()

@@ -86,6 +86,12 @@ class Registry(Generic[T]):
             self._targets[name] = self._load(name, self._targets[name])
         return self._targets[name]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether there is a member called `name`, plug-ins included."""
+        if name not in self._targets:  # not before, as in `get`
+            self._add_plugins()
+        return name in self._targets
+
     def names(self) -> tuple[str, ...]:
         """Return all names in the order of registration, plug-ins last."""
         return tuple(self.describe())

@@ -28,6 +28,7 @@ OTHER = {
     "factor": 3.0,
     "gamma": 0.01,
     "group": "batch",
+    "inference": "token-choice",
     "iterations": 1,
     "jitter": 0.5,
     "k": 1,
@@ -64,7 +65,7 @@ EVERY = [(name, setting) for name in NAMES for setting in routers.known_settings
 
 
 def behaviour(name: str, settings: dict[str, Any]) -> list[Tensor]:
-    """Everything a setting can change: maps, losses, and what is adapted in a step or two."""
+    """Everything a setting can change: maps, what is adapted in a step or two, and inference."""
     torch.manual_seed(0)
     router = routers.build(name, dim=DIM, num_experts=EXPERTS, **settings).double()
     if isinstance(router, SparseRouter):
@@ -78,6 +79,7 @@ def behaviour(name: str, settings: dict[str, Any]) -> list[Tensor]:
         seen += [*maps(routing), getattr(routing, "l1_strength", None)]
         router.update([routing])
         seen += router.buffers()
+    seen += maps(route(router.eval(), given))
     return [value for value in seen if value is not None]
 
 
@@ -90,7 +92,7 @@ def test_every_setting_changes_something(name, setting):
         beside = {"k": 2}  # 1 is its default
     one = behaviour(name, beside)
     other = {**beside, setting: OTHER[setting]}
-    if setting == "renormalize" and name == "bias-balanced":
+    if setting == "renormalize" and name in ("bias-balanced", "compete"):
         other = {setting: False}  # True is its default
     two = behaviour(name, other)
     assert len(one) == len(two)

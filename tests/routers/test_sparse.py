@@ -151,6 +151,7 @@ def test_the_recipes_name_their_losses():
         "token-choice",
         "switch",
         "mixtral",
+        "compete",
         "cosine",
     }
     assert named["bias-balanced"] == {"sequence-balance": 1e-4}

@@ -152,7 +152,7 @@ def ride_in_evaluation(patch: Patch) -> None:
         def always(self, x, mask=None, ids=None):
             y = forward(self, x, mask, ids)
             if self.losses and not self.training and x.ndim == 3:
-                y = moefold.moe.ride(y, self.loss(self.router(x, mask)))
+                y = moefold.moe.ride(y, self.loss(self.router(x, mask), x.flatten(0, 1)))
             return y
 
         return always

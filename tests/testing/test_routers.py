@@ -120,6 +120,25 @@ class CountsInFloat(Plain):
         return replace(made, rows_per_expert=made.rows_per_expert.int())
 
 
+class LosesARow(Plain):
+    """Its experts' results cost a row."""
+
+    def value(self, chosen, weights, mask, logits, scores):
+        made = super().value(chosen, weights, mask, logits, scores)
+
+        def decide(routing, rows):
+            fewer = routing.rows_per_expert - torch.tensor([1, 0, 0, 0, 0])
+            return replace(routing, rows_per_expert=fewer, decide=None)
+
+        return replace(made, decide=decide)
+
+
+class NeverDecides(Plain):
+    def value(self, chosen, weights, mask, logits, scores):
+        made = super().value(chosen, weights, mask, logits, scores)
+        return replace(made, decide=lambda routing, rows: replace(routing))
+
+
 class Averaging(SparseRouting):
     """Combines by a mean, though its matrix is a sum."""
 
@@ -465,6 +484,8 @@ BROKEN = [
     Broken(CountsInFloat, "rows in order", "not int64"),
     Broken(CombinesByMean, "maps are matrices", "combine against its matrix"),
     Broken(ReturnsSomethingForNothing, "maps are matrices", "differ"),
+    Broken(LosesARow, "settles on the same rows", "change rows_per_expert"),
+    Broken(NeverDecides, "settles on the same rows", "can be settled again"),
     Broken(FavoursFirstExpert, "relabelling experts", "after relabelling"),
     Broken(FavoursEarlyTokens, "permuting tokens", "after permuting"),
     Broken(MixesUpWeights, "permuting tokens", "after permuting"),
@@ -538,7 +559,7 @@ def test_a_router_that_is_not_broken_passes(router: type[AbstractRouter]):
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(3)), "the suite changed the caller's random state"
     assert set(report.ran) | set(report.skipped) == set(ROUTER_CHECKS)
-    expected = {"update", "compiles"}
+    expected = {"settles on the same rows", "update", "compiles"}
     if router is LooksAtThePastOnly:
         expected |= {"permuting tokens"}
     assert set(report.skipped) == expected

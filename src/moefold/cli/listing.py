@@ -10,6 +10,7 @@ from moefold import routers
 from moefold.cli.options import parse
 from moefold.experts import backends
 from moefold.losses import losses
+from moefold.output_losses import output_losses
 from moefold.surgery.births import BIRTHS
 from moefold.surgery.hosts import FORMS, HOSTS
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str]) -> None:
         "hosts": HOSTS.describe(),
         "layers": FORMS.describe(),
         "births": BIRTHS.describe(),
-        "losses": losses.describe(),
+        "losses": {**losses.describe(), **output_losses.describe()},
     }
     for kind, described in members.items():
         if asked.kind in ("all", kind):

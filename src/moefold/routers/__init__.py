@@ -31,6 +31,7 @@ for _name, _factory in {
     "token-choice": table.token_choice,
     "switch": table.switch,
     "mixtral": table.mixtral,
+    "compete": table.compete,
     "sinkhorn-token-choice": table.sinkhorn_token_choice,
     "expert-choice": table.expert_choice,
     "sinkhorn-expert-choice": table.sinkhorn_expert_choice,

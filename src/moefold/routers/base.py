@@ -32,9 +32,12 @@ class AbstractRouter(nn.Module, abc.ABC):
         dim: width of a token.
         num_experts: number of experts.
         reach: how far the router looks, see `Reach`.
+        reach_in_training: the same in training, where that is further.
         group: which tokens compete.
         losses: auxiliary losses the router's authors train it with, name to coefficient.
         site: name of the layer, used in errors.
+        remembers: whether it looks at the past and can be told of it, token by token.
+        competes: whether it routes as in training outside of it too, see `modes.competing`.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class AbstractRouter(nn.Module, abc.ABC):
         reach: Reach = "token",
         group: Group = "sequence",
         losses: Mapping[str, float] | None = None,
+        reach_at_inference: Reach | None = None,
     ) -> None:
         super().__init__()
         check_positive("dim", dim)
@@ -54,16 +58,31 @@ class AbstractRouter(nn.Module, abc.ABC):
         self.num_experts = num_experts
         self.group: Group = group
         self.reach: Reach = reach if reach == "token" or group == "sequence" else "batch"
+        self.reach_in_training: Reach = self.reach
+        if reach_at_inference is not None:
+            self.reach = reach_at_inference
         self.losses = dict(losses or {})
         self.site = "this layer"
+        self.remembers = False
+        self.competes = False
 
     @property
     def is_causal(self) -> bool:
-        """Whether no later token of its own sequence can change a token's routing.
+        """Whether no later token of its own sequence can change a token's routing at inference.
 
         Groups of one position see other sequences, but nothing that comes later.
         """
         return self.reach in ("token", "past") or self.group == "position"
+
+    @property
+    def reach_now(self) -> Reach:
+        """How far the router looks in the mode that it is in."""
+        return self.reach_in_training if self.training or self.competes else self.reach
+
+    @property
+    def is_causal_now(self) -> bool:
+        """The same in the mode that it is in."""
+        return self.reach_now in ("token", "past") or self.group == "position"
 
     @abc.abstractmethod
     def forward(
@@ -160,6 +179,24 @@ class AbstractRouter(nn.Module, abc.ABC):
         if torch.compiler.is_compiling() or values.device.type in ("cuda", "meta"):
             torch._assert_async(finite.all(), message)  # pyright: ignore[reportPrivateImportUsage]
         elif not finite.all():
+            raise ValueError(message)
+
+    def check_trained(self, trained: Bool[Tensor, ""]) -> None:
+        """Refuse to route by a predictor that has learnt nothing.
+
+        On a GPU and in a compiled graph it fails there, as `check_finite` does.
+
+        Raises:
+            ValueError: it was never trained.
+        """
+        message = (
+            f"{self.site}: inference='predictor', and the predictor was never trained. Train the "
+            f"model (the loss 'membership' teaches it), call moefold.calibrate(model, batches), or "
+            f"use inference='prefix', which needs neither."
+        )
+        if torch.compiler.is_compiling() or trained.device.type in ("cuda", "meta"):
+            torch._assert_async(trained, message)  # pyright: ignore[reportPrivateImportUsage]
+        elif not trained:
             raise ValueError(message)
 
 

@@ -6,14 +6,14 @@ Shapes: `batch tokens dim` in; inside, `groups members experts`.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, final
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from moefold.routers.adapt import Adapt
+from moefold.routers.adapt import Adapt, RunningThreshold
 from moefold.routers.base import (
     AbstractRouter,
     Reach,
@@ -23,9 +23,19 @@ from moefold.routers.base import (
     in_full_precision,
 )
 from moefold.routers.choice import Choice, TopExperts
+from moefold.routers.compete import Competition
+from moefold.routers.inference import (
+    Known,
+    MembershipHead,
+    Past,
+    Predictor,
+    Prefix,
+    Rule,
+    Threshold,
+)
 from moefold.routers.score import Score, Softmax
 from moefold.routers.weight import Weight
-from moefold.routing import Group, Routing, SparseRouting
+from moefold.routing import Group, Grouping, Routing, SparseRouting
 
 _FURTHER: tuple[Reach, ...] = ("token", "past", "group", "batch")
 
@@ -63,6 +73,8 @@ class Recipe:
             `[1 - jitter, 1 + jitter]` (Fedus et al., *Switch Transformers*, 2022).
         group: which tokens compete.
         losses: auxiliary losses that belong to the recipe, name to coefficient.
+        inference: how tokens are routed outside of training, None for the same way.
+        competition: in some passes of training the experts' results choose, see `compete`.
     """
 
     score: Score = field(default_factory=Softmax)
@@ -74,16 +86,26 @@ class Recipe:
     jitter: float = 0.0
     group: Group = "sequence"
     losses: Mapping[str, float] = field(default_factory=dict)
+    inference: Rule | None = None
+    competition: Competition | None = None
 
     def __post_init__(self) -> None:
         check_at_least_zero("noise_std", self.noise_std)
         check_at_least_zero("jitter", self.jitter)
         if self.jitter >= 1:
             raise ValueError(f"jitter is {self.jitter!r}; it must be smaller than 1.")
+        if self.inference is None:
+            return
+        self.inference.check(self.choice)
+        if self.adapt is not None or self.reach == "token":
+            raise ValueError(
+                "inference is a rule for routers that look at a group in training; this one looks "
+                "at one token already. Leave inference out."
+            )
 
     @property
     def reach(self) -> Reach:
-        """How far the recipe looks within a group: as far as its score or its choice does."""
+        """How far the recipe looks in training: as far as its score or its choice does."""
         return _FURTHER[max(map(_FURTHER.index, (self.score.reach, self.choice.reach)))]
 
 
@@ -92,26 +114,57 @@ class AbstractRecipeRouter(AbstractRouter):
 
     Attributes:
         recipe: the recipe.
-        state: what `recipe.adapt` learns, None without it.
+        state: what `recipe.adapt` or `recipe.inference` learns without gradient, or None.
+        predictor: says which pairs a group would choose, where the inference rule asks for it.
+        experts_compete: where the recipe has a competition, whether experts compete in passes of
+            training; None to draw it in each pass.
     """
 
-    def __init__(self, dim: int, num_experts: int, recipe: Recipe) -> None:
+    def __init__(
+        self, dim: int, num_experts: int, recipe: Recipe, *, hidden_dim: int | None = None
+    ) -> None:
+        rule = recipe.inference
         super().__init__(
-            dim, num_experts, reach=recipe.reach, group=recipe.group, losses=recipe.losses
+            dim,
+            num_experts,
+            reach=recipe.reach,
+            group=recipe.group,
+            losses={
+                **recipe.losses,
+                **({"membership": 1.0} if isinstance(rule, Predictor) else {}),
+            },
+            reach_at_inference=None if rule is None else rule.reach,
         )
         recipe.choice.check(num_experts)
         self.recipe = recipe
-        adapt = recipe.adapt
+        self.experts_compete: bool | None = None
+        self.remembers = isinstance(rule, Prefix)
         self.state: Tensor | None
-        self.register_buffer("state", None if adapt is None else adapt.initial(num_experts).float())
+        self.register_buffer("state", _initial(recipe, num_experts))
+        self.predictor: MembershipHead | None = None
+        if isinstance(rule, Predictor):
+            self.predictor = MembershipHead(hidden_dim or dim, num_experts)
 
     @torch.no_grad()
-    def update(self, routings: Sequence[Routing]) -> None:
-        """Adapt the state to the routings of one optimiser step; see `routers.adapt`."""
-        if self.recipe.adapt is None or self.state is None or not routings:
-            return
+    def update(self, routings: Sequence[Routing], *, at_once: bool = False) -> None:
+        """Adapt the state to the routings of one optimiser step; see `routers.adapt`.
+
+        Args:
+            routings: of the step.
+            at_once: for a threshold that is learnt as a running average: forget the one before.
+        """
         sparse = [routing for routing in routings if isinstance(routing, SparseRouting)]
-        self.state.copy_(self.recipe.adapt.update(self.state, sparse))
+        if self.state is None or not sparse:
+            return
+        adapt, rule = self.recipe.adapt, self.recipe.inference
+        if isinstance(rule, Threshold | Predictor):
+            now = rule.step(sparse, self.recipe)
+            if now is not None:
+                self.state.lerp_(now.to(self.state), 1.0 if at_once else 1.0 - rule.momentum)
+        elif adapt is not None:
+            if at_once and isinstance(adapt, RunningThreshold):
+                adapt = replace(adapt, momentum=0.0)
+            self.state.copy_(adapt.update(self.state, sparse))
 
     def _apply(self, fn, recurse=True):
         # A bias that moves by 0.001 a step stands still in bfloat16: the state stays float32.
@@ -124,10 +177,21 @@ class AbstractRecipeRouter(AbstractRouter):
         return self
 
 
+def _initial(recipe: Recipe, num_experts: int) -> Tensor | None:
+    state = None
+    if recipe.inference is not None:
+        state = recipe.inference.initial(recipe.choice, num_experts)
+    elif recipe.adapt is not None:
+        state = recipe.adapt.initial(num_experts)
+    return None if state is None else state.float()
+
+
 def pairs_of(
     router: AbstractRecipeRouter,
     logits: Float[Tensor, "batch tokens experts"],
     mask: Bool[Tensor, "batch tokens"] | None,
+    x: Float[Tensor, "batch tokens dim"] | None = None,
+    past: Past | None = None,
 ) -> dict[str, Any]:
     """What a recipe makes of logits: every pair, chosen or not, before there is a list of rows.
 
@@ -135,24 +199,34 @@ def pairs_of(
         router: has the recipe, groups the tokens, and names the layer in errors.
         logits: in float32 or better.
         mask: True for real tokens.
+        x: the tokens, for a router with a predictor.
+        past: earlier tokens, for a router that looks at them.
     """
-    recipe, state = router.recipe, router.state
-    grouping, valid = router.as_groups(logits, mask)
     with in_full_precision(logits.device):
         router.check_finite(logits, mask)
-        noise_std = recipe.noise_std / router.num_experts if router.training else 0.0
-        noisy = logits + torch.randn_like(logits) * noise_std if noise_std else logits
+        if router.recipe.inference is None or router.training or router.competes:
+            pairs, contest = _by_group(router, logits, mask, x), router.recipe.competition
+            if contest is not None and router.training and contest.is_on(router.experts_compete):
+                return contest.opened(pairs)
+            return pairs
+        return _by_rule(router, router.recipe.inference, logits, mask, x, past)
 
-        clean, scored = grouping.split(logits), grouping.split(noisy)
-        scores = recipe.score(scored, valid)
-        contest = scores.detach()
-        if recipe.adapt is not None and state is not None:
-            contest = recipe.adapt.shift(contest, state)
-        chosen, wanted, most_rows = recipe.choice(contest, valid, router.training)
-        weights = recipe.weight(scores, scored, clean, chosen)
-    strength = None
-    if recipe.adapt is not None and state is not None:
-        strength = recipe.adapt.l1_strength(state)
+
+def _by_group(
+    router: AbstractRecipeRouter, logits: Tensor, mask: Tensor | None, x: Tensor | None
+) -> dict[str, Any]:
+    recipe, adapt, state = router.recipe, router.recipe.adapt, router.state
+    grouping, valid = router.as_groups(logits, mask)
+    noise_std = recipe.noise_std / router.num_experts if router.training else 0.0
+    noisy = logits + torch.randn_like(logits) * noise_std if noise_std else logits
+
+    clean, scored = grouping.split(logits), grouping.split(noisy)
+    scores = recipe.score(scored, valid)
+    contest = scores.detach()
+    if adapt is not None and state is not None:
+        contest = adapt.shift(contest, state)
+    chosen, wanted, most_rows = recipe.choice(contest, valid, router.training)
+    weights = recipe.weight(scores, scored, clean, chosen)
     return {
         "chosen": grouping.merge(chosen),
         "weights": grouping.merge(weights),
@@ -164,8 +238,53 @@ def pairs_of(
         "noise_std": noise_std,
         "scores": grouping.merge(scores),
         "wanted": None if wanted is None else grouping.merge(wanted),
-        "l1_strength": strength,
+        "l1_strength": None if adapt is None or state is None else adapt.l1_strength(state),
+        "predicted": _predicted(router, x, recipe.score.alone()(logits, mask), mask),
     }
+
+
+def _by_rule(
+    router: AbstractRecipeRouter,
+    rule: Rule,
+    logits: Tensor,
+    mask: Tensor | None,
+    x: Tensor | None,
+    past: Past | None,
+) -> dict[str, Any]:
+    recipe = router.recipe
+    scores = recipe.score.alone()(logits, mask)
+    if router.predictor is not None:
+        router.check_trained(router.predictor.is_trained)
+    known = Known(
+        scores=scores.detach(),
+        mask=mask,
+        choice=recipe.choice,
+        state=router.state,
+        predicted=_predicted(router, x, scores, mask),
+        past=past,
+    )
+    chosen = rule(known)
+    return {
+        "chosen": chosen,
+        "weights": recipe.weight(scores, logits, logits, chosen),
+        "most_rows": logits.numel(),
+        "grouping": Grouping("sequence", *logits.shape[:2]),
+        "mask": mask,
+        "logits": logits,
+        "scores": scores,
+        "predicted": known.predicted,
+    }
+
+
+def _predicted(
+    router: AbstractRecipeRouter, x: Tensor | None, scores: Tensor, mask: Tensor | None
+) -> Float[Tensor, "batch tokens experts"] | None:
+    if router.predictor is None:
+        return None
+    assert x is not None, "whoever calls a router with a predictor gives it the tokens"
+    if mask is not None:
+        x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # padding may hold NaN
+    return float32_or_better(router.predictor(x, scores))
 
 
 @final
@@ -198,22 +317,27 @@ class SparseRouter(AbstractRecipeRouter):
             nn.init.orthogonal_(self.weight, gain=0.32)
             nn.init.normal_(self.projection, std=self.dim**-0.5)
             nn.init.constant_(self.temperature, self.recipe.cosine.temperature)
-        if self.recipe.adapt is not None and self.state is not None:
-            self.state.copy_(self.recipe.adapt.initial(self.num_experts))
+        first = _initial(self.recipe, self.num_experts)
+        if first is not None and self.state is not None:
+            self.state.copy_(first)
+        if self.predictor is not None:
+            self.predictor.reset_parameters()
 
     def forward(
         self,
         x: Float[Tensor, "batch tokens dim"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
         ids: Int[Tensor, "batch tokens"] | None = None,
+        past: Past | None = None,
     ) -> Routing:
         """Route the tokens; see `AbstractRouter.forward`."""
-        return SparseRouting.from_choice(**self.pairs(x, mask))
+        return SparseRouting.from_choice(**self.pairs(x, mask, past))
 
     def pairs(
         self,
         x: Float[Tensor, "batch tokens dim"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
+        past: Past | None = None,
     ) -> dict[str, Any]:
         """Every pair, chosen or not, before there is a list: what `from_choice` makes a routing of.
 
@@ -222,7 +346,7 @@ class SparseRouter(AbstractRecipeRouter):
         self.check(x, mask)
         with in_full_precision(x.device):
             logits = self._logits(x, mask)
-        return pairs_of(self, logits, mask)
+        return pairs_of(self, logits, mask, x, past)
 
     def _logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
         x = float32_or_better(x)
@@ -243,18 +367,33 @@ class SparseRouter(AbstractRecipeRouter):
 
 @final
 class LogitRouter(AbstractRecipeRouter):
-    """Routes by a recipe on logits that somebody else computed; it has no weights."""
+    """Routes by a recipe on logits that somebody else computed; its only weights are a predictor's.
 
-    def __init__(self, num_experts: int, recipe: Recipe) -> None:
-        super().__init__(num_experts, num_experts, recipe)
+    Args:
+        num_experts: number of experts.
+        recipe: the recipe.
+        hidden_dim: width of the tokens, for a predictor.
+    """
+
+    def __init__(self, num_experts: int, recipe: Recipe, hidden_dim: int | None = None) -> None:
+        super().__init__(num_experts, num_experts, recipe, hidden_dim=hidden_dim)
 
     def forward(
         self,
         x: Float[Tensor, "batch tokens experts"],
         mask: Bool[Tensor, "batch tokens"] | None = None,
         ids: Int[Tensor, "batch tokens"] | None = None,
+        past: Past | None = None,
+        hidden: Float[Tensor, "batch tokens dim"] | None = None,
     ) -> Routing:
-        """Route the tokens whose logits are `x`; see `AbstractRouter.forward`."""
+        """Route the tokens whose logits are `x`; see `AbstractRouter.forward`.
+
+        Args:
+            x: the logits.
+            mask: True for real tokens.
+            ids: not used.
+            past: earlier tokens, for a router that looks at them.
+            hidden: the tokens, for a router with a predictor.
+        """
         self.check(x, mask)
-        logits = float32_or_better(x)
-        return SparseRouting.from_choice(**pairs_of(self, logits, mask))
+        return SparseRouting.from_choice(**pairs_of(self, float32_or_better(x), mask, hidden, past))

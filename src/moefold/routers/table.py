@@ -13,6 +13,8 @@ from moefold.routers.adapt import AdaptiveL1, BiasBalance, RunningThreshold
 from moefold.routers.base import check_k, check_one_of
 from moefold.routers.capacity import Capacity, Convention
 from moefold.routers.choice import Above, Balanced, TopExperts, TopPairs, TopTokens
+from moefold.routers.compete import Competition
+from moefold.routers.inference import GROUP, rule_named
 from moefold.routers.score import (
     Identity,
     Relu,
@@ -83,6 +85,30 @@ def mixtral(dim: int, num_experts: int, *, k: int = 2, jitter: float = 0.0) -> S
     return token_choice(dim, num_experts, k=k, renormalize=True, jitter=jitter)
 
 
+def compete(
+    dim: int, num_experts: int, *, k: int = 2, renormalize: bool = True, rate: float = 0.07
+) -> SparseRouter:
+    """Token choice that learns from passes in which the experts' results choose (CompeteSMoE v2).
+
+    In a share `rate` of the training passes every expert computes every token and the largest
+    results win; the `competition` loss teaches the gate to foresee who does. All other passes, and
+    all outside of training, are `token-choice`'s.
+    """
+    check_k(k, num_experts)
+    # The released code's 0.01, for a mean that it takes over k^2 instead of k (k - 1) pairs.
+    diversity = {"competing-diversity": 0.01 * (k - 1) / k} if k > 1 else {}
+    return SparseRouter(
+        dim,
+        num_experts,
+        Recipe(
+            choice=TopExperts(k=k),
+            weight=Weight(normalize=_normalize(renormalize)),
+            losses={**BALANCE, "competition": 0.01, **diversity},
+            competition=Competition(k=k, rate=rate),
+        ),
+    )
+
+
 def sinkhorn_token_choice(
     dim: int,
     num_experts: int,
@@ -97,6 +123,7 @@ def sinkhorn_token_choice(
     priority: Literal["order", "gate"] = "order",
     noise_std: float = 0.0,
     group: Group = "sequence",
+    inference: str = GROUP,
 ) -> SparseRouter:
     """Entropic transport plan; each token takes the top k of its row, weighed by a softmax.
 
@@ -112,6 +139,7 @@ def sinkhorn_token_choice(
             weight=Weight(source="clean-softmax", normalize=_normalize(renormalize)),
             noise_std=noise_std,
             group=group,
+            inference=rule_named(inference),
         ),
     )
 
@@ -126,6 +154,7 @@ def expert_choice(
     renormalize: bool = False,
     noise_std: float = 0.0,
     group: Group = "sequence",
+    inference: str = GROUP,
 ) -> SparseRouter:
     """Softmax over experts; each expert takes its best tokens (Zhou et al. 2022)."""
     return SparseRouter(
@@ -136,6 +165,7 @@ def expert_choice(
             weight=Weight(normalize=_normalize(renormalize)),
             noise_std=noise_std,
             group=group,
+            inference=rule_named(inference),
         ),
     )
 
@@ -152,6 +182,7 @@ def sinkhorn_expert_choice(
     renormalize: bool = False,
     noise_std: float = 0.0,
     group: Group = "sequence",
+    inference: str = GROUP,
 ) -> SparseRouter:
     """Entropic transport plan; each expert takes the best tokens of its column."""
     return SparseRouter(
@@ -163,6 +194,7 @@ def sinkhorn_expert_choice(
             weight=Weight(source="softmax", normalize=_normalize(renormalize)),
             noise_std=noise_std,
             group=group,
+            inference=rule_named(inference),
         ),
     )
 
@@ -179,6 +211,7 @@ def sparse_transport_expert_choice(
     convention: Convention = "moefold",
     renormalize: bool = False,
     group: Group = "sequence",
+    inference: str = GROUP,
 ) -> SparseRouter:
     """k-sparse transport plan; each expert takes the non-zeros of its column (softmax weights)."""
     room = _expert_room(capacity, capacity_factor, convention)
@@ -192,6 +225,7 @@ def sparse_transport_expert_choice(
             choice=TopTokens(capacity=room, only_positive=True),
             weight=Weight(source="softmax", normalize=_normalize(renormalize)),
             group=group,
+            inference=rule_named(inference),
         ),
     )
 
@@ -206,18 +240,26 @@ def unified(
     combine: Literal["unified", "softmax", "renormalized", "row-normalized"] = "unified",
     min_experts: int = 0,
     max_experts: int | None = None,
+    capacity: int | None = None,
+    capacity_factor: float | None = None,
+    convention: Convention = "moefold",
     group: Group = "sequence",
+    inference: str = GROUP,
 ) -> SparseRouter:
     """USMoE: the best pairs of the whole token x expert matrix, under one budget."""
     check_one_of("combine", combine, tuple(_COMBINE))
+    room = Capacity(rows=capacity, factor=capacity_factor, convention=convention)
     return SparseRouter(
         dim,
         num_experts,
         Recipe(
             score=Unified(alpha=alpha, expert_score=expert_score),
-            choice=TopPairs(budget=budget, min_experts=min_experts, max_experts=max_experts),
+            choice=TopPairs(
+                budget=budget, min_experts=min_experts, max_experts=max_experts, capacity=room
+            ),
             weight=_COMBINE[combine],
             group=group,
+            inference=rule_named(inference),
         ),
     )
 
@@ -230,7 +272,14 @@ _COMBINE = {
 }
 
 
-def seq_topk(dim: int, num_experts: int, *, k: int = 2, renormalize: bool = False) -> SparseRouter:
+def seq_topk(
+    dim: int,
+    num_experts: int,
+    *,
+    k: int = 2,
+    renormalize: bool = False,
+    inference: str = GROUP,
+) -> SparseRouter:
     """SeqTopK 2025: unified competition of softmax scores, 1 to k + 2 experts for each token."""
     check_k(k, num_experts)
     return unified(
@@ -241,16 +290,22 @@ def seq_topk(dim: int, num_experts: int, *, k: int = 2, renormalize: bool = Fals
         combine="renormalized" if _normalize(renormalize) == "chosen" else "unified",
         min_experts=1,
         max_experts=min(k + 2, num_experts),
+        inference=inference,
     )
 
 
-def expert_race(dim: int, num_experts: int, *, k: int = 2) -> SparseRouter:
+def expert_race(dim: int, num_experts: int, *, k: int = 2, inference: str = GROUP) -> SparseRouter:
     """Expert Race 2025: unified competition of softmax scores over the whole batch."""
     check_k(k, num_experts)
     return SparseRouter(
         dim,
         num_experts,
-        Recipe(choice=TopPairs(budget=float(k)), group="batch", losses={"similarity": 1e-5}),
+        Recipe(
+            choice=TopPairs(budget=float(k)),
+            group="batch",
+            losses={"similarity": 1e-5},
+            inference=rule_named(inference),
+        ),
     )
 
 
@@ -353,7 +408,10 @@ def base(dim: int, num_experts: int, *, group: Group = "sequence") -> SparseRout
     )
 
 
-_COMMON = ("score", "choice", "weight", "normalize", "capacity", "capacity_factor", "group")
+_COMMON = (
+    *("score", "choice", "weight", "normalize", "capacity", "capacity_factor", "group"),
+    "inference",
+)
 _SCORES: dict[str, type] = {
     "softmax": Softmax,
     "sigmoid": Sigmoid,
@@ -386,6 +444,7 @@ def custom(
     noise_std: float = 0.0,
     jitter: float = 0.0,
     group: Group = "sequence",
+    inference: str = GROUP,
     **settings: Any,
 ) -> SparseRouter:
     """Any score x choice x weight; other settings go to the score or choice that knows them."""
@@ -420,6 +479,7 @@ def custom(
             noise_std=noise_std,
             jitter=jitter,
             group=group,
+            inference=rule_named(inference),
         ),
     )
 

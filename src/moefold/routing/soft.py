@@ -68,6 +68,10 @@ class SoftRouting:
         )
         return rows.reshape(-1, x.shape[-1])
 
+    def settled(self, rows: Float[Tensor, "rows dim"]) -> "SoftRouting":
+        """Itself: no result of an expert changes it, see `SparseRouting.settled`."""
+        return self
+
     def combine(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Rows to tokens: every real token is a weighted mean of all rows of its group."""
         groups, _, experts, slots = self.combine_weight.shape

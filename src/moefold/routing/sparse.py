@@ -16,6 +16,7 @@ the rows past `rows_per_expert.sum()` are *spare*: they belong to no expert, hav
 0, and count nowhere.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,9 @@ class SparseRouting:
         scores: what competed.
         wanted: pairs asked for before capacity was applied, None if that is what was chosen.
         l1_strength: how strongly the router asks to be made sparse, for the `l1` loss.
+        predicted: log-odds that a predictor gives every pair, for the `membership` loss.
+        student: logits of a gate that learns to foresee `scores`, for the `competition` loss.
+        decide: what to make of the experts' results where these decide, see `settled`.
     """
 
     token_of_row: Int[Tensor, " rows"]
@@ -54,6 +58,9 @@ class SparseRouting:
     scores: Float[Tensor, "batch tokens experts"] | None = None
     wanted: Bool[Tensor, "batch tokens experts"] | None = None
     l1_strength: Float[Tensor, ""] | None = None
+    predicted: Float[Tensor, "batch tokens experts"] | None = None
+    student: Float[Tensor, "batch tokens experts"] | None = None
+    decide: Callable[["SparseRouting", Tensor], "SparseRouting"] | None = None
 
     @classmethod
     def from_choice(
@@ -114,19 +121,32 @@ class SparseRouting:
     @property
     def weights(self) -> Float[Tensor, "batch tokens experts"]:
         """Combine weight of every pair, zero where it was not chosen."""
-        return self._matrix(self.weight_of_row)
+        return self.by_pair(self.weight_of_row)
 
     @property
     def chosen(self) -> Bool[Tensor, "batch tokens experts"]:
         """Which token has a row of which expert."""
-        return self._matrix(torch.ones_like(self.weight_of_row)).detach() > 0
+        return self.by_pair(torch.ones_like(self.weight_of_row)).detach() > 0
 
-    def _matrix(self, of_row: Tensor) -> Tensor:
+    def by_pair(self, of_row: Float[Tensor, " rows"]) -> Float[Tensor, "batch tokens experts"]:
+        """A number of every row, where its pair is; zero for pairs without a row."""
         width = self.num_experts + 1  # a last column takes the spare rows
         matrix = of_row.new_zeros(self.num_tokens * width)
         matrix = matrix.index_add(0, self.token_of_row * width + self.expert_of_row, of_row)
         shape = self.grouping.batch, self.grouping.tokens, width
         return matrix.reshape(shape)[..., : self.num_experts]
+
+    def by_row(self, of_pair: Float[Tensor, "batch tokens experts"]) -> Float[Tensor, " rows"]:
+        """The inverse: a number of every pair, for those that have a row; zero for spare rows."""
+        padded = torch.nn.functional.pad(of_pair, (0, 1)).reshape(-1)
+        return padded.gather(0, self.token_of_row * (self.num_experts + 1) + self.expert_of_row)
+
+    def settled(self, rows: Float[Tensor, "rows dim"]) -> "SparseRouting":
+        """The routing once the experts have computed its rows: the same rows, maybe weighed anew.
+
+        Itself but for routers that let the experts' results decide.
+        """
+        return self if self.decide is None else self.decide(self, rows)
 
     def dispatch(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "rows dim"]:
         """Tokens to rows: every row is a copy of its token."""

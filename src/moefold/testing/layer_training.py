@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moefold.losses import has_choice
 from moefold.moe import MoEConfig, set_loss_scale
+from moefold.output_losses import output_losses
 from moefold.record import record_routing
 from moefold.testing.contract import from_seed
 from moefold.testing.layer_probe import (
@@ -70,11 +71,17 @@ def _added(
     case: LayerCase, batches: list[Batch], coefficients: Mapping[str, float]
 ) -> dict[str, Tensor]:
     layer = case.layer(training=True, losses={})
-    by_name = {name.replace("-", "_"): c for name, c in coefficients.items()}
+    of_results = {n: c for n, c in coefficients.items() if n in output_losses}
+    of_routings = {n: c for n, c in coefficients.items() if n not in output_losses}
+    by_name = {name.replace("-", "_"): c for name, c in of_routings.items()}
     for seed, batch in enumerate(batches):
+        rows: list[Tensor] = []
+        watch = layer.experts.register_forward_hook(lambda *call, seen=rows: seen.append(call[2]))
         with record_routing(layer) as record:
             y = forward(layer, batch, seed=seed)
-        ((task(y) + record.loss(**by_name)) / len(batches)).backward()
+        watch.remove()
+        of_rows = [c * output_losses.get(n)(record[""][0], rows[0]) for n, c in of_results.items()]
+        ((task(y) + record.loss(**by_name) + sum(of_rows)) / len(batches)).backward()
     return gradients(layer)
 
 

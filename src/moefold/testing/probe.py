@@ -128,7 +128,8 @@ def toy_experts(routing: Routing, rows: Float[Tensor, "rows dim"]) -> Float[Tens
 
 def output(routing: Routing, x: Float[Tensor, "batch tokens dim"]) -> Tensor:
     """What a layer with toy experts returns for this routing, `[batch, tokens, dim]`."""
-    return routing.combine(toy_experts(routing, routing.dispatch(x)))
+    rows = toy_experts(routing, routing.dispatch(x))
+    return routing.settled(rows).combine(rows)
 
 
 @final
@@ -139,8 +140,10 @@ class ToyLayer(AbstractRouted):
         """Route `x` in place of the tokens of the batch, without touching the random state."""
         given = (x, batch.mask) if batch.ids is None else (x, batch.mask, batch.ids)
         routing = self.router(*given)
+        rows = toy_experts(routing, routing.dispatch(x))
+        routing = routing.settled(rows)
         self.hand_over(routing)
-        return output(routing, x)
+        return routing.combine(rows)
 
 
 def portrait(routing: Routing) -> Float[Tensor, "batch tokens maps experts slots"]:

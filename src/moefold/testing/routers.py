@@ -19,6 +19,7 @@ ROUTER_CHECKS: dict[str, Check[RouterCase]] = {
     "returns a routing": value.returns_a_routing,
     "rows in order": value.rows_in_order,
     "maps are matrices": value.maps_are_matrices,
+    "settles on the same rows": value.settles_on_the_same_rows,
     "relabelling experts": value.relabelling_experts,
     "permuting tokens": value.permuting_tokens,
     "reach is honest": value.reach_is_honest,

@@ -4,7 +4,17 @@ The loops are those of `sentence-transformers`; this package fixes what a fair c
 fixed: the order of the data, the budget, the schedule.
 """
 
+from moefold.train.competition import CompetitionSchedule
 from moefold.train.contrastive import Curve, FineTuning, fine_tune, in_batches
 from moefold.train.flops import training_flops
+from moefold.train.similarity import SimilaritySchedule
 
-__all__ = ["Curve", "FineTuning", "fine_tune", "in_batches", "training_flops"]
+__all__ = [
+    "CompetitionSchedule",
+    "Curve",
+    "FineTuning",
+    "SimilaritySchedule",
+    "fine_tune",
+    "in_batches",
+    "training_flops",
+]

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from moefold.moe import MoE
+from moefold.ops.flops import flop_counter
 
 
 def training_flops(encoder: Any, texts: Sequence[str]) -> float:
@@ -32,7 +32,7 @@ def training_flops(encoder: Any, texts: Sequence[str]) -> float:
     parameters = [p for p in encoder.parameters() if p.requires_grad]
     was_training = encoder.training
     encoder.train()
-    counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU)
+    counter = flop_counter()
     try:
         with _by_reference(encoder), counter, torch.random.fork_rng(devices=[]):
             for text in texts:
@@ -58,18 +58,3 @@ def _by_reference(encoder: Any) -> Iterator[None]:
     finally:
         for moe, backend in before.items():
             moe.backend = backend
-
-
-def _attention(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def _attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return sdpa_backward_flop_count(grad, q, k, v)
-
-
-# torch 2.13 has formulas for its attention kernels on accelerators, none for the one on the CPU.
-_ATTENTION_ON_CPU = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-}
