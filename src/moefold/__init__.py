@@ -21,7 +21,7 @@ from moefold.record import Record, record_routing
 if TYPE_CHECKING:
     from moefold import testing
     from moefold.inspect.leakage import leakage
-    from moefold.rerouting import calibrate, reroute
+    from moefold.rerouting import calibrate, load, reroute, save
     from moefold.surgery import (
         Copies,
         DropUpcycle,
@@ -37,11 +37,9 @@ if TYPE_CHECKING:
         describe_layer,
         export,
         lineage,
-        load,
         lora_targets,
         plan,
         revert,
-        save,
         upcycle,
         upcycle_folder,
     )
@@ -66,12 +64,12 @@ _LATER = {
     "export": "moefold.surgery",
     "leakage": "moefold.inspect.leakage",
     "lineage": "moefold.surgery",
-    "load": "moefold.surgery",
+    "load": "moefold.rerouting",
     "lora_targets": "moefold.surgery",
     "plan": "moefold.surgery",
     "reroute": "moefold.rerouting",
     "revert": "moefold.surgery",
-    "save": "moefold.surgery",
+    "save": "moefold.rerouting",
     "upcycle": "moefold.surgery",
     "upcycle_folder": "moefold.surgery",
 }

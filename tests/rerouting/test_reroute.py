@@ -61,7 +61,7 @@ def test_rows_compute_what_indices_compute(kind):
     assert torch.allclose(after, before, rtol=1e-4, atol=1e-4)
 
 
-def by_rows(hidden, native, experts, shape, mask):
+def by_rows(hidden, native, experts, shape, mask, past):
     """What a rerouter does with a routing, for the model's own choice."""
     scores, weights, indices = native
     routing = own_routing(scores.reshape(*shape, -1), weights, indices, None)
@@ -137,7 +137,7 @@ def test_generation_is_refused_where_earlier_tokens_would_choose_again():
     prompt = torch.randint(3, 60, (1, 6))
     moefold.reroute(model, routers.config("unified", budget=2.0))
     with pytest.raises(
-        ValueError, match=r"layers.0.mlp: tokens are added to a cache of 6, .*one of token-choice"
+        ValueError, match=r"layers.0.mlp: tokens are added to a cache of 6, .*='threshold', "
     ):
         model.generate(prompt, max_new_tokens=3, do_sample=False)
     with_recomputing = model.generate(prompt, max_new_tokens=3, do_sample=False, use_cache=False)

@@ -7,13 +7,15 @@ sequence is caught so; attention that hides later tokens adds nothing to what is
     later      tokens after the first half of each sequence are other tokens
     others     all sequences but the first are other sequences
     padding    every sequence is padded further
+    decoding   tokens come one by one, as in generation, instead of all at once
 
 Shapes: `batch tokens` ids; routings are compared as `batch tokens experts`.
 """
 
+import inspect
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -25,7 +27,6 @@ from moefold.modes import evaluating
 from moefold.record import AbstractRouted, record_routing
 from moefold.routing import SparseRouting
 
-KINDS = ("later", "others", "padding")
 FURTHER = 3
 """Tokens of padding that are added."""
 
@@ -57,24 +58,32 @@ class Leakage:
         later: from later tokens of the same sequence.
         others: from other sequences of the batch.
         padding: from padding.
+        decoding: between a full pass and token by token, with a cache if the routers can choose
+            with one; None for a model that does not generate.
         tolerance: what counts as rounding in the output.
     """
 
     later: Leak
     others: Leak
     padding: Leak
+    decoding: Leak | None
     tolerance: float
+
+    @property
+    def leaks(self) -> dict[str, Leak]:
+        """What was measured, by its name."""
+        found = {part.name: getattr(self, part.name) for part in fields(self)}
+        return {name: leak for name, leak in found.items() if isinstance(leak, Leak)}
 
     @property
     def clean(self) -> bool:
         """Whether nothing leaks."""
-        return not any(getattr(self, kind).found(self.tolerance) for kind in KINDS)
+        return not any(leak.found(self.tolerance) for leak in self.leaks.values())
 
     def __str__(self) -> str:
         """The findings as lines of text."""
         lines = []
-        for kind in KINDS:
-            leak: Leak = getattr(self, kind)
+        for kind, leak in self.leaks.items():
             verdict = "LEAKS" if leak.found(self.tolerance) else "clean"
             lines.append(
                 f"  {_WORDS[kind]:<22} {verdict}: {leak.rerouted} of {leak.tokens} tokens go to "
@@ -83,7 +92,12 @@ class Leakage:
         return "\n".join(lines)
 
 
-_WORDS = {"later": "later tokens", "others": "other sequences", "padding": "padding"}
+_WORDS = {
+    "later": "later tokens",
+    "others": "other sequences",
+    "padding": "padding",
+    "decoding": "token by token",
+}
 
 
 @torch.no_grad()
@@ -124,18 +138,24 @@ def leakage(
         "padding": (_run(model, padded, functional.pad(mask, (0, FURTHER))), mask),
     }
     found = {kind: _compare(before, after, kept) for kind, (after, kept) in compared.items()}
+    alone = _token_by_token(model, ids, mask)
+    decoding = None if alone is None else _compare(before, alone, mask)
     dtype = before[0].dtype
     rounding = 1e-12 if dtype == torch.float64 else 100 * torch.finfo(dtype).eps
-    return Leakage(**found, tolerance=rounding if tolerance is None else tolerance)
+    return Leakage(
+        **found, decoding=decoding, tolerance=rounding if tolerance is None else tolerance
+    )
 
 
 Run = tuple[Tensor, list[Tensor]]
 """An output with a vector for each token, and what each site chose."""
 
 
-def _run(model: nn.Module, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "..."]) -> Run:
+def _run(
+    model: nn.Module, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, "..."], **more: Any
+) -> Run:
     with evaluating(model), _recording(model) as record:
-        made = model(input_ids=ids, attention_mask=mask.long())
+        made = model(input_ids=ids, attention_mask=mask.long(), **more)
     values = made.values() if isinstance(made, Mapping) else made
     tensors = [made] if isinstance(made, Tensor) else [v for v in values if isinstance(v, Tensor)]
     output = next((t for t in tensors if t.ndim == 3 and t.shape[:2] == ids.shape), None)
@@ -146,6 +166,34 @@ def _run(model: nn.Module, ids: Int[Tensor, "batch tokens"], mask: Bool[Tensor, 
         )
     routings = [] if record is None else [r for site in record.values() for r in site]
     return output, [r.chosen for r in routings if isinstance(r, SparseRouting)]
+
+
+def _token_by_token(model: nn.Module, ids: Tensor, mask: Tensor) -> Run | None:
+    """The last token of every prefix; None for a model that does not generate."""
+    takes = inspect.signature(model.forward).parameters
+    if not {"past_key_values", "use_cache"} <= set(takes):
+        return None
+    with evaluating(model):
+        cache = getattr(
+            model(input_ids=ids[:, :1], attention_mask=mask[:, :1].long(), use_cache=True),
+            "past_key_values",
+            None,
+        )
+        if cache is None:
+            return None
+        choose_with_cache = all(
+            router is None or router.is_causal_now
+            for router in (m.own_router for m in model.modules() if isinstance(m, AbstractRouted))
+        )
+    cache.reset()
+    steps = []
+    for end in range(1, ids.shape[1] + 1):
+        first = end - 1 if choose_with_cache else 0
+        more = {"past_key_values": cache, "use_cache": True} if choose_with_cache else {}
+        output, chosen = _run(model, ids[:, first:end], mask[:, :end], **more)
+        steps.append((output[:, -1:], [matrix[:, -1:] for matrix in chosen]))
+    outputs, chosen = zip(*steps, strict=True)
+    return torch.cat(outputs, 1), [torch.cat(site, 1) for site in zip(*chosen, strict=True)]
 
 
 def _recording(model: nn.Module) -> Any:

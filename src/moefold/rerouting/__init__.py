@@ -2,7 +2,14 @@
 
 from moefold.rerouting.blocks import Block, find_blocks
 from moefold.rerouting.calibrate import Calibration, calibrate
-from moefold.rerouting.reroute import Rerouting, causal_routers, recipes, reroute
+from moefold.rerouting.reroute import (
+    Rerouting,
+    causal_routers,
+    recipes,
+    reroute,
+    rerouting_of,
+)
+from moefold.rerouting.saved import load, load_rerouted, save, save_rerouted
 
 __all__ = [
     "Block",
@@ -11,6 +18,11 @@ __all__ = [
     "calibrate",
     "causal_routers",
     "find_blocks",
+    "load",
+    "load_rerouted",
     "recipes",
     "reroute",
+    "rerouting_of",
+    "save",
+    "save_rerouted",
 ]

@@ -21,10 +21,12 @@ from torch import Tensor, nn
 from moefold.record import AbstractRouted
 from moefold.rerouting.blocks import EXPERTS, MASK
 from moefold.routers.base import float32_or_better
+from moefold.routers.inference import Past
 from moefold.routers.sparse import LogitRouter
 from moefold.routing import SparseRouting
 from moefold.surgery.hosts.lens import Lens, names_of_arguments, seen_class, standing_in
 from moefold.surgery.hosts.masks import real_tokens
+from moefold.surgery.hosts.past import CachedPast, past_of
 
 REROUTER = "rerouter"
 """The name of our router in the block."""
@@ -44,20 +46,12 @@ class Rerouter(AbstractRouted):
         router: turns logits into a routing; None for the model's own choice.
         site: path of the block in the model, used in errors.
         own: whether the choice is the model's own.
-        causal: whether no later token changes an earlier one.
-        reach: how far the router looks.
-        stand_ins: names of routers that are causal, used in errors.
     """
 
-    def __init__(
-        self, router: LogitRouter | None, site: str, stand_ins: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, router: LogitRouter | None, site: str) -> None:
         super().__init__(nn.Identity() if router is None else router)
         self.own = router is None
         self.site = site
-        self.causal = router is None or router.is_causal
-        self.reach = "token" if router is None else router.reach
-        self.stand_ins = stand_ins
         if router is not None:
             router.site = site
 
@@ -68,6 +62,7 @@ class Rerouter(AbstractRouted):
         experts: nn.Module,
         shape: tuple[int, int],
         mask: Bool[Tensor, "batch tokens"] | None,
+        past: Past | None = None,
     ) -> Float[Tensor, "flat_tokens dim"]:
         """Computes experts on the rows that are chosen.
 
@@ -77,6 +72,7 @@ class Rerouter(AbstractRouted):
             experts: the model's experts.
             shape: sequences and tokens.
             mask: True for real tokens.
+            past: earlier tokens, for a router that looks at them.
         """
         logits, weights, indices = native
         logits = logits.reshape(*shape, -1)
@@ -84,9 +80,10 @@ class Rerouter(AbstractRouted):
             if self.sinks:
                 self.hand_over(own_routing(logits, weights, indices, mask))
             return experts(hidden, indices, weights)
-        routing = self.router(logits, mask)
+        tokens = hidden.reshape(*shape, -1)
+        routing = self.router(logits, mask, past=past, hidden=tokens)
         self.hand_over(routing)
-        rows = routing.dispatch(hidden.reshape(*shape, -1))
+        rows = routing.dispatch(tokens)
         # Spare rows belong to no expert: any will do, their weight is zero.
         expert = routing.expert_of_row.clamp_max(routing.num_experts - 1).unsqueeze(1)
         made = experts(rows, expert, torch.ones_like(expert, dtype=weights.dtype))
@@ -119,7 +116,9 @@ class _Call:
     native: tuple[Tensor, Tensor, Tensor]
 
 
-def run_block(block: nn.Module, gate: str, x: Tensor, mask: Tensor | None) -> Any:
+def run_block(
+    block: nn.Module, gate: str, x: Tensor, mask: Tensor | None, past: CachedPast | None
+) -> Any:
     """A block's forward with our routing in it."""
     call = _Call()
     rerouter, own_gate, own_experts = (block.get_submodule(n) for n in (REROUTER, gate, EXPERTS))
@@ -132,7 +131,7 @@ def run_block(block: nn.Module, gate: str, x: Tensor, mask: Tensor | None) -> An
     def computed(hidden: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         # Weights as the block hands them on: some scale them between gate and experts.
         native = (call.native[0], weights, indices)
-        return rerouter(hidden, native, own_experts, shape, mask)
+        return rerouter(hidden, native, own_experts, shape, mask, past)
 
     return type(block).forward(Lens(block, {gate: gated, EXPERTS: computed}), x)  # pyright: ignore
 
@@ -145,38 +144,19 @@ def rerouted_layer(base: type[nn.Module]) -> type[nn.Module]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = dict(zip(names, args, strict=False))
         given.update(kwargs)
-        cache, index = given.get("past_key_values"), self._moefold_layer_index
-        _refuse_generation(self, cache, index)
+        cache = given.get("past_key_values")
+        index: int = self._moefold_layer_index  # pyright: ignore
         mask = None
         if not getattr(self, FAITHFUL):
             mask = real_tokens(given.get(MASK), given[names[0]], cache, index)  # pyright: ignore
         stand_ins: dict[str, Any] = {}
         for path, gate in getattr(self, BLOCKS).items():
             name, *rest = path.split(".")
-            run = functools.partial(run_block, self.get_submodule(path), gate, mask=mask)
+            rerouter = self.get_submodule(f"{path}.{REROUTER}")
+            assert isinstance(rerouter, Rerouter)
+            past = past_of(rerouter.own_router, cache, index, rerouter.site)
+            run = functools.partial(run_block, self.get_submodule(path), gate, mask=mask, past=past)
             stand_ins[name] = standing_in(getattr(self, name), rest, run)
         return base.forward(Lens(self, stand_ins), *args, **kwargs)
 
     return seen_class(base, forward, rerouted_layer)
-
-
-def _refuse_generation(layer: nn.Module, cache: Any, index: Any) -> None:
-    """Raises if tokens are added to a cache under a router that would have to choose again.
-
-    Raises:
-        ValueError: names the block, and routers that do not look at later tokens.
-    """
-    if cache is None:
-        return
-    for path in getattr(layer, BLOCKS):
-        rerouter = layer.get_submodule(f"{path}.{REROUTER}")
-        assert isinstance(rerouter, Rerouter)
-        if rerouter.causal or isinstance(before := cache.get_seq_length(index), Tensor):
-            continue
-        if before > 0:
-            raise ValueError(
-                f"{rerouter.site}: tokens are added to a cache of {before}, and the router looks "
-                f"at the whole {rerouter.reach}: earlier tokens would have to choose again. "
-                f"Generate with use_cache=False, or reroute with one of "
-                f"{', '.join(rerouter.stand_ins)}"
-            )

@@ -7,6 +7,7 @@ Do et al., *Unified Sparse Mixture of Experts*, 2025, use it without training; w
 unified competitive learning is the router `unified`.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,7 @@ from moefold.rerouting.layer import BLOCKS, FAITHFUL, REROUTER, Rerouter, rerout
 from moefold.routers import RouterConfig
 from moefold.routers.adapt import RunningThreshold
 from moefold.routers.base import AbstractRouter
+from moefold.routers.inference import RULES
 from moefold.routers.sparse import LogitRouter, SparseRouter
 from moefold.surgery.hosts import Changes
 from moefold.surgery.hosts.masks import cache_index
@@ -25,6 +27,9 @@ from moefold.surgery.upcycle import CHANGES
 
 OWN = "token-choice"
 """The name of the model's own choice where it is given without settings."""
+
+REROUTING = "_moefold_rerouting"
+"""Attribute of a rerouted model: its `Rerouting`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,7 +45,9 @@ class Rerouting:
         causal: whether the model hides later tokens.
         sees_later: whether the router looks at them all the same.
         reach: how far the router looks.
-        stand_ins: routers that do not look at later tokens.
+        to_learn: what the router must learn before it is used, in words; None for nothing.
+        config: the router as data; None for the model's own choice.
+        faithful: whether padding competes.
     """
 
     model: str
@@ -51,7 +58,9 @@ class Rerouting:
     causal: bool
     sees_later: bool
     reach: str
-    stand_ins: tuple[str, ...]
+    to_learn: str | None
+    config: RouterConfig | None = None
+    faithful: bool = False
 
     def __str__(self) -> str:
         """The rerouting as lines of text."""
@@ -65,10 +74,14 @@ class Rerouting:
             lines.append(
                 f"  {'causality':<22} a later token can change an earlier one: good for "
                 f"embeddings of whole texts, wrong for perplexity, refused for generation with a "
-                f"cache. Routers that do not: {', '.join(self.stand_ins)}"
+                f"cache. A rule that looks at no later token: inference={_either(RULES)}"
             )
         elif self.causal:
             lines.append(f"  {'causality':<22} no later token changes an earlier one")
+        if self.to_learn is not None:
+            lines.append(
+                f"  {'to learn':<22} {self.to_learn}: moefold.calibrate(model, text), one pass"
+            )
         return "\n".join(lines)
 
 
@@ -102,18 +115,16 @@ def reroute(model: nn.Module, router: RouterConfig | str, *, faithful: bool = Fa
     own = router == OWN
     config = RouterConfig(router) if isinstance(router, str) else router
     made = [None if own else logit_router(config, block) for block in blocks]
-    stand_ins = causal_routers(blocks[0].num_experts)
     changes = Changes()
     try:
         for block, one in zip(blocks, made, strict=True):
-            _install(block, Rerouter(one, block.name, stand_ins), faithful, changes)
+            _install(block, Rerouter(one, block.name), faithful, changes)
     except BaseException:
         changes.undo()
         raise
-    model.__dict__[CHANGES] = changes
     first = made[0]
     causal = any(block.causal for block in blocks)
-    return Rerouting(
+    rerouting = Rerouting(
         model=type(model).__name__,
         router=f"the model's own top {blocks[0].k}" if own else str(config),
         blocks=tuple(block.name for block in blocks),
@@ -122,8 +133,18 @@ def reroute(model: nn.Module, router: RouterConfig | str, *, faithful: bool = Fa
         causal=causal,
         sees_later=first is not None and not first.is_causal,
         reach="token" if first is None else first.reach,
-        stand_ins=stand_ins,
+        to_learn=None if first is None else _to_learn(first),
+        config=None if own else config,
+        faithful=faithful,
     )
+    changes.set_attribute(model, REROUTING, rerouting)
+    model.__dict__[CHANGES] = changes
+    return rerouting
+
+
+def rerouting_of(model: nn.Module) -> Rerouting | None:
+    """What `reroute` did to the model; None for one that is not rerouted."""
+    return model.__dict__.get(REROUTING)
 
 
 def logit_router(config: RouterConfig, block: Block) -> LogitRouter:
@@ -143,7 +164,7 @@ def logit_router(config: RouterConfig, block: Block) -> LogitRouter:
             f"or a state of its own to learn; choose one of {', '.join(recipes(block.num_experts))}"
         )
     assert isinstance(built, SparseRouter)
-    return LogitRouter(block.num_experts, built.recipe)
+    return LogitRouter(block.num_experts, built.recipe, hidden_dim=block.dim)
 
 
 def _takes_logits(router: nn.Module) -> bool:
@@ -151,7 +172,19 @@ def _takes_logits(router: nn.Module) -> bool:
     if not isinstance(router, SparseRouter):
         return False
     recipe = router.recipe
-    return recipe.cosine is None and isinstance(recipe.adapt, RunningThreshold | None)
+    logits_only = recipe.cosine is None and recipe.competition is None
+    return logits_only and isinstance(recipe.adapt, RunningThreshold | None)
+
+
+def _to_learn(router: LogitRouter) -> str | None:
+    if router.predictor is not None:
+        return "a predictor in every block"
+    return None if router.state is None else "a threshold in every block"
+
+
+def _either(names: Iterable[str]) -> str:
+    *most, last = map(repr, names)
+    return f"{', '.join(most)} or {last}"
 
 
 def recipes(num_experts: int) -> tuple[str, ...]:

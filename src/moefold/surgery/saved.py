@@ -20,7 +20,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MANIFEST = "moefold.json"
+
+REROUTED = "moefold_rerouting.json"
+"""The manifest of a rerouted model, see `rerouting.saved`; such a folder is ours too."""
 
 _READ = (".json", ".safetensors")
 """Suffixes of files that a library may read without being told of them."""
@@ -94,9 +97,15 @@ def save(
             "upcycle": section["upcycle"],
             "sites": list(section["sites"]),
             "source": section["source"],
-            "files": {name: sha256_of(new / name) for name in _files(new)},
         }
-        (new / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        write_manifest(new, manifest)
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any], name: str = MANIFEST) -> None:
+    """Writes a manifest that lists the hashes of all files of a folder beside what it is given."""
+    hashes = {file: sha256_of(folder / file) for file in _files(folder)}
+    text = json.dumps({**manifest, "files": hashes}, indent=2)
+    (folder / name).write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -142,24 +151,9 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     from safetensors import SafetensorError
 
     folder = Path(folder).resolve()
-    _recover(folder)
+    recover(folder)
     manifest = read_manifest(folder)
-    added = [n for n in _files(folder) if n not in manifest["files"] and n.endswith(_READ)]
-    if added:
-        raise ValueError(
-            f"{folder} holds {', '.join(added)}, which {MANIFEST} does not list; take out what was "
-            f"added, or save the model again"
-        )
-    for name, expected in manifest["files"].items():
-        file = folder / name
-        if not file.is_file():
-            raise ValueError(f"{folder} lacks {name}, which {MANIFEST} lists; copy it again")
-        found = sha256_of(file)
-        if found != expected:
-            raise ValueError(
-                f"{file} is not what was saved: its sha256 is {found}, {MANIFEST} says {expected}; "
-                f"the file is truncated or was altered, copy it again"
-            )
+    check_files(folder, manifest["files"], MANIFEST)
     host = HOSTS.get(_OLD_HOSTS.get(str(manifest["host"]), str(manifest["host"])))()
     if into is not None and not isinstance(host, PlainHost):
         raise ValueError(
@@ -185,42 +179,91 @@ def load(folder: str | Path, *, into: nn.Module | None = None) -> nn.Module:
     return model
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `moefold.json` says.
+def check_files(folder: Path, files: Mapping[str, str], manifest: str) -> None:
+    """Compares a folder with the hashes of its files.
+
+    Args:
+        folder: the folder.
+        files: the sha256 of each file.
+        manifest: name of the file that says so.
+
+    Raises:
+        ValueError: a file is missing, altered, or was added.
+    """
+    added = [name for name in _files(folder) if name not in files and name.endswith(_READ)]
+    if added:
+        raise ValueError(
+            f"{folder} holds {', '.join(added)}, which {manifest} does not list; take out what was "
+            f"added, or save the model again"
+        )
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{folder} lacks {name}, which {manifest} lists; copy it again")
+        found = sha256_of(file)
+        if found != expected:
+            raise ValueError(
+                f"{file} is not what was saved: its sha256 is {found}, {manifest} says {expected}; "
+                f"the file is truncated or was altered, copy it again"
+            )
+
+
+_KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "host": ("a name", lambda value: isinstance(value, str)),
+    "sites": ("a list of names", lambda value: _are_texts(value, list)),
+}
+"""What must be in `moefold.json` beside the files, in words and as a check."""
+
+_FILES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "files": (
+        "a mapping from file names to hashes",
+        lambda value: _are_texts(value, dict) and _are_texts([*value.values()], list),
+    )
+}
+
+
+def read_manifest(
+    folder: Path,
+    name: str = MANIFEST,
+    *,
+    newest: int = SCHEMA,
+    keys: Mapping[str, tuple[str, Callable[[Any], bool]]] | None = None,
+) -> dict[str, Any]:
+    """What `moefold.json` says, or another manifest.
+
+    Args:
+        folder: where it is.
+        name: of the file.
+        newest: schema that can be read.
+        keys: what must be in it beside the files, in words and as a check; those of an upcycled
+            model if None.
 
     Raises:
         ValueError: there is none, it is not valid, or it is newer than this code.
     """
     if not folder.is_dir():
         raise ValueError(f"no folder at {folder}; give one that moefold.save wrote")
-    file = folder / MANIFEST
+    file = folder / name
     if not file.is_file():
-        raise ValueError(f"{folder} has no {MANIFEST}: {_what_it_is(folder)}")
+        raise ValueError(f"{folder} has no {name}: {_what_it_is(folder)}")
+    wanted = {**(_KEYS if keys is None else keys), **_FILES}
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
         schema = manifest["schema"]
         if not isinstance(schema, int):
             raise ValueError(f"{file}: 'schema' is {schema!r}, it must be a number; save again")
-        if schema > SCHEMA:
+        if schema > newest:
             raise ValueError(
                 f"{file} has schema {schema}, written by moefold {manifest.get('moefold')}; this "
-                f"is moefold {version('moefold')}, which reads up to {SCHEMA}: upgrade moefold"
+                f"is moefold {version('moefold')}, which reads up to {newest}: upgrade moefold"
             )
-        missing = [k for k in ("host", "sites", "files") if k not in manifest]
+        missing = [key for key in wanted if key not in manifest]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a manifest of moefold ({error!r}); save again") from error
     if missing:
         raise ValueError(f"{file} lacks {', '.join(missing)}; save the model again")
-    sites, files = manifest["sites"], manifest["files"]
-    wrong = {
-        "host": None if isinstance(manifest["host"], str) else "a name",
-        "sites": None if _are_texts(sites, list) else "a list of names",
-        "files": None
-        if _are_texts(files, dict) and _are_texts([*files.values()], list)
-        else "a mapping from file names to hashes",
-    }
-    for key, form in wrong.items():
-        if form:
+    for key, (form, is_right) in wanted.items():
+        if not is_right(manifest[key]):
             raise ValueError(
                 f"{file}: {key!r} is {manifest[key]!r}, it must be {form}; save the model again"
             )
@@ -231,7 +274,7 @@ def refuse_foreign_folder(folder: Path) -> None:
     """Raises if writing to the folder would destroy something that `save` did not write.
 
     Raises:
-        ValueError: the path is a file, a folder with content but without `moefold.json`, or the
+        ValueError: the path is a file, a folder with content but without a manifest, or the
             current directory or one above it, which a replaced folder would pull away.
     """
     folder, here = folder.resolve(), Path.cwd()
@@ -240,10 +283,15 @@ def refuse_foreign_folder(folder: Path) -> None:
         raise ValueError(f"{folder} is {what}; give a folder inside it, or another one")
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; give a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / MANIFEST).is_file():
+    if folder.is_dir() and any(folder.iterdir()) and not is_saved(folder):
         raise ValueError(
             f"{folder} is not empty and was not written by moefold; give a new or an empty folder"
         )
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save` wrote the folder, or something that was put into it since."""
+    return any((folder / name).is_file() for name in (MANIFEST, REROUTED))
 
 
 def refuse_unwritable_folder(folder: Path) -> None:
@@ -305,9 +353,9 @@ def _are_texts(value: object, kind: type) -> bool:
 
 
 def _files(folder: Path) -> list[str]:
-    """Every file at any depth but the manifest, by its path in the folder."""
+    """Every file at any depth but the manifests, by its path in the folder."""
     files = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-    return sorted(name for name in files if name != MANIFEST)
+    return sorted(name for name in files if name not in (MANIFEST, REROUTED))
 
 
 def _prefix(folder: Path) -> str:
@@ -323,7 +371,7 @@ def _beside(folder: Path) -> list[Path]:
 
 def _olds(staging: Path) -> list[Path]:
     """Versions that were moved away, the latest last."""
-    return sorted(old for old in staging.glob("old*") if (old / MANIFEST).is_file())
+    return sorted(old for old in staging.glob("old*") if is_saved(old))
 
 
 def _sweep(folder: Path) -> None:
@@ -355,7 +403,7 @@ def _put_in_place(new: Path, folder: Path) -> None:
         if folder.exists():
             if _exchange(new, folder):
                 break
-            # Without an exchange there is a moment with no folder; `_recover` ends it.
+            # Without an exchange there is a moment with no folder; `recover` ends it.
             with contextlib.suppress(FileNotFoundError):
                 folder.rename(new.with_name(f"old-{attempt:02}"))
         try:
@@ -394,22 +442,33 @@ def _exchange(one: Path, other: Path) -> bool:
     raise OSError(number, os.strerror(number), str(other))
 
 
-def _recover(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Puts the old version back if a process died between the two renames of `_put_in_place`."""
     if folder.exists() or not folder.parent.is_dir():
         return
     olds = [old for place in _beside(folder) for old in _olds(place)]
     if olds:
-        max(olds, key=lambda old: (old / MANIFEST).stat().st_mtime).rename(folder)
+        max(olds, key=_written_at).rename(folder)
+
+
+def _written_at(folder: Path) -> float:
+    """When its manifest was written, the last of its files."""
+    files = (folder / name for name in (MANIFEST, REROUTED))
+    return max(file.stat().st_mtime for file in files if file.is_file())
 
 
 __all__ = [
     "MANIFEST",
+    "REROUTED",
+    "check_files",
     "check_shard_size",
+    "is_saved",
     "load",
     "read_manifest",
+    "recover",
     "refuse_foreign_folder",
     "refuse_unwritable_folder",
     "save",
+    "write_manifest",
     "written_whole",
 ]

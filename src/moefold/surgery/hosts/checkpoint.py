@@ -66,6 +66,28 @@ def open_empty(folder: Path) -> nn.Module:
         raise ValueError(f"cannot open {folder} as a transformer ({reason})") from error
 
 
+def open_whole(folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    """The transformer that a folder describes, with its weights, on the CPU and in evaluation mode.
+
+    Returns:
+        The model, and what transformers says of weights that are missing, left over or of another
+        shape.
+    """
+    refuse_pickles(folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    name = (config.get("architectures") or ["AutoModel"])[0]
+    with without_reports():
+        model, found = getattr(transformers, name, transformers.AutoModel).from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return model.eval(), found
+
+
 def _open_empty_sentence_transformer(folder: Path) -> SentenceTransformer:
     """Only the transformer in it is empty: what comes after it is small, and kept whole."""
     model = SentenceTransformer(

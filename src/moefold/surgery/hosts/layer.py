@@ -27,6 +27,7 @@ from moefold.surgery.hosts.changes import Changes
 from moefold.surgery.hosts.forms import form_of, holder_of, module_at, weights
 from moefold.surgery.hosts.lens import Lens, Seen, names_of_arguments, seen_class, standing_in
 from moefold.surgery.hosts.masks import cache_index, is_packed, real_tokens
+from moefold.surgery.hosts.past import CachedPast, past_of
 
 MIXTURE = "moe"
 """The name of the mixture in its layer, whatever the host."""
@@ -99,12 +100,15 @@ def moe_layer(base: type[nn.Module]) -> type[nn.Module]:
         given.update(kwargs)
         form: Form = self._moefold_form  # pyright: ignore
         hidden, told, mask = given[names[0]], None, None
+        index: int = self._moefold_layer_index  # pyright: ignore
+        cache = given.get(form.cache) if form.cache else None
         if form.mask is not None:
             told = given.get(form.mask)
-            cache = given.get(form.cache) if form.cache else None
-            mask = real_tokens(told, hidden, cache, self._moefold_layer_index)  # pyright: ignore
+            mask = real_tokens(told, hidden, cache, index)
         refuse_packed(self, given, told, mask)
-        return base.forward(_through_lens(self, form, mask), *args, **kwargs)
+        moe: MoE = getattr(self, MIXTURE)
+        past = past_of(moe.own_router, cache, index, moe.site)
+        return base.forward(_through_lens(self, form, mask, past), *args, **kwargs)
 
     return seen_class(base, forward, moe_layer)
 
@@ -129,11 +133,12 @@ def refuse_packed(
     moe = getattr(layer, MIXTURE)
     router = moe.own_router
     # Where all tokens of a batch compete, it does not matter which row they are in.
-    if router is None or router.reach == "token" or router.group == "batch":
+    reach = None if router is None else router.reach_now
+    if router is None or reach == "token" or (router.group == "batch" and reach != "past"):
         return
     message = (
         f"{moe.site}: the batch is packed, several sequences in a row, and a router that reaches "
-        f"the {router.reach} would mix them; give each sequence a row of its own and pad it "
+        f"the {reach} would mix them; give each sequence a row of its own and pad it "
         f"(SentenceTransformer: model[0].unpad_inputs = False)"
     )
     if given.get("cu_seq_lens_q") is not None:
@@ -147,12 +152,14 @@ def refuse_packed(
         raise ValueError(message)
 
 
-def _through_lens(layer: nn.Module, form: Form, mask: Tensor | None) -> Lens:
+def _through_lens(
+    layer: nn.Module, form: Form, mask: Tensor | None, past: CachedPast | None
+) -> Lens:
     moe = getattr(layer, MIXTURE)
     dropout = getattr(layer, DROPOUT, None)
 
     def mixture(x: Tensor) -> Tensor:
-        mixed = moe(x, mask)
+        mixed = moe(x, mask) if past is None else moe(x, mask, past=past)
         return mixed if dropout is None else dropout(mixed)
 
     stand_ins: dict[str, Any] = {}
