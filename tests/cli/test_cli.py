@@ -70,7 +70,16 @@ SURGERY = [
     "--slots",
 ]
 FLAGS = {
-    "doctor": [],
+    "doctor": ["--leakage"],
+    "evaluate": sorted(
+        [
+            *("--batch-size", "--data", "--device", "--mteb", "--output", "--router", "--set"),
+            *("--faithful", "--no-faithful", "--force", "--no-force"),
+            *("--instructions", "--no-instructions", "--clean-text", "--no-clean-text"),
+            *("--kind", "--layer", "--max-length", "--pooling", "--prompt", "--routing-of"),
+            *("--routing-pooling", "--similarity-weight", "--standardize"),
+        ]
+    ),
     "list": [],
     "plan": sorted([*SURGERY, "--dtype"]),
     "upcycle": sorted(
@@ -101,7 +110,19 @@ def test_flags_are_frozen(verb, capsys):
 
 def test_verbs_are_frozen(capsys):
     assert list(cli.VERBS) == [
-        *("demo", "doctor", "export", "load", "list", "save", "plan", "revert", "upcycle")
+        *(
+            "demo",
+            "doctor",
+            "evaluate",
+            "export",
+            "load",
+            "list",
+            "save",
+            "plan",
+            "reroute",
+            "revert",
+            "upcycle",
+        )
     ]
     for words in ([], ["--help"], ["-h"]):
         assert main(words) == 0

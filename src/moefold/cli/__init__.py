@@ -16,11 +16,13 @@ from importlib.metadata import version
 VERBS = {
     "demo": ("moefold.cli.demo:main", "upcycle a real encoder, train it beside its dense twin"),
     "doctor": ("moefold.cli.doctor:main", "what this machine has, and which backends can run"),
+    "evaluate": ("moefold.cli.evaluate:main", "what a model is worth as an encoder of texts: mteb"),
     "export": ("moefold.cli.export:main", "write a saved mixture in a form that needs no moefold"),
     "load": ("moefold.cli.load:main", "check a saved mixture and say what it is"),
     "list": ("moefold.cli.listing:main", "routers, backends, hosts, births, losses, one line each"),
     "save": ("moefold.cli.save:main", "make a trainer's checkpoint of a mixture a saved folder"),
     "plan": ("moefold.cli.plan:main", "what surgery would do to a model; nothing is touched"),
+    "reroute": ("moefold.cli.reroute:main", "put another router into a pretrained mixture"),
     "revert": ("moefold.cli.revert:main", "turn a saved mixture back into a dense model"),
     "upcycle": ("moefold.cli.upcycle:main", "turn a dense model into a mixture and save it"),
 }

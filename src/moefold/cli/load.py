@@ -1,7 +1,7 @@
 """`moefold load`: open a saved mixture, check every file of it, and say what it is."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,8 @@ import tyro
 
 from moefold.cli.options import parse
 from moefold.moe import MoEConfig
-from moefold.surgery import Receipt, load
+from moefold.rerouting import load, rerouting_of
+from moefold.surgery import Receipt
 from moefold.surgery.hosts import find_host
 from moefold.surgery.plan import spelled_out
 
@@ -37,11 +38,15 @@ def main(arguments: Sequence[str]) -> None:
     asked = parse(Arguments, arguments, verb="load", example=EXAMPLE)
     transformers.utils.logging.disable_progress_bar()
     model = load(asked.folder)
-    section = find_host(model).section(model)
-    assert section is not None, "load has checked it"
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{asked.folder}: every file is as it was saved")
     print(f"  {'model':<22} {type(model).__name__}, {parameters / 1e6:.2f} M parameters")
+    rerouting = rerouting_of(model)
+    if rerouting is not None:
+        print(replace(rerouting, to_learn=None))  # what was learnt is in the folder
+        return
+    section = find_host(model).section(model)
+    assert section is not None, "load has checked it"
     print(f"  {'made from':<22} {section['source'].get('name') or 'a model of unknown origin'}")
     print(f"  {'birth':<22} {section['upcycle']['birth']['kind']}")
     for line in _mixtures(section["sites"]):

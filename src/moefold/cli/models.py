@@ -1,6 +1,5 @@
 """Opening a dense model for a verb, and sample sentences to measure it on."""
 
-import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from moefold.surgery.encoder import pretrained_encoder, refuse_pickles, source_folder
-from moefold.surgery.hosts.checkpoint import open_processor, without_reports
+from moefold.surgery.hosts.checkpoint import open_processor, open_whole, without_reports
 from moefold.surgery.inputs import made_up_inputs
 from moefold.surgery.saved import MANIFEST
 
@@ -59,19 +58,10 @@ def open_model(source: str) -> Opened:
 
 
 def _open_transformer(folder: Path) -> Opened:
-    refuse_pickles(folder)
+    refuse_pickles(folder)  # in its own words
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        name = (config.get("architectures") or ["AutoModel"])[0]
+        model, found = open_whole(folder)
         with without_reports():
-            model, found = getattr(transformers, name, transformers.AutoModel).from_pretrained(
-                folder,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
             processor = open_processor(folder)
     except (
         *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError),
@@ -83,7 +73,7 @@ def _open_transformer(folder: Path) -> Opened:
             f"wrote, with config.json and whole safetensors files"
         ) from error
     _check(folder, found)
-    return Opened(model.eval(), processor)
+    return Opened(model, processor)
 
 
 def _check(folder: Path, found: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -11,6 +11,7 @@ import tyro
 
 from moefold import routers
 from moefold.moe import MoEConfig
+from moefold.routers import RouterConfig
 from moefold.surgery import Copies, UpcycleConfig
 from moefold.surgery.births import BIRTHS, AbstractBirth
 
@@ -122,12 +123,29 @@ def with_settings(config: UpcycleConfig, pairs: Sequence[str]) -> UpcycleConfig:
     Raises:
         ValueError: a pair without `=`, or a setting the router does not have.
     """
-    given: dict[str, Any] = dict(config.moe.router.settings)
-    for pair in pairs:
-        name, text = named_text("--set", pair, "k=2")
-        given[name] = _value(text)
-    router = routers.config(config.moe.router.name, **given)
+    before = config.moe.router
+    router = router_of(before.name, pairs, before.settings)
     return replace(config, moe=replace(config.moe, router=router))
+
+
+def router_of(
+    name: str, pairs: Sequence[str], settings: Mapping[str, Any] | None = None
+) -> RouterConfig:
+    """A router by its name, with settings as `--set` gives them.
+
+    Args:
+        name: of the router.
+        pairs: `name=value` each; a value that is not a number, true, false or none is text.
+        settings: others, which those may replace.
+
+    Raises:
+        ValueError: an unknown router, a pair without `=`, or a setting the router does not have.
+    """
+    given = dict(settings or {})
+    for pair in pairs:
+        key, text = named_text("--set", pair, "k=2")
+        given[key] = _value(text)
+    return routers.config(name, **given)
 
 
 def _router_at(text: str) -> tuple[str, str, dict[str, Any]]:

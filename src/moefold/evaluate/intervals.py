@@ -11,10 +11,11 @@ the variance of a mean over many rows and columns.
 Shapes: `seeds` by `queries`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,10 +76,7 @@ def crossed_bootstrap(
         )
     if not np.isfinite(values).all():
         raise ValueError("the table holds values that are not finite; an interval needs numbers")
-    if not 0 < level < 1:
-        raise ValueError(f"level is {level}; it must lie between 0 and 1, as in 0.95")
-    if resamples < 100:
-        raise ValueError(f"resamples is {resamples}; take at least 100")
+    _check(level, resamples)
     draw = np.random.default_rng(seed)
     means = np.empty(resamples)
     # In pieces, because the counts of all draws together may take gigabytes.
@@ -89,6 +87,49 @@ def crossed_bootstrap(
         means[start : start + size] = totals / (seeds * queries)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return Interval(mean=float(values.mean()), low=float(low), high=float(high), level=level)
+
+
+def bootstrap(
+    statistic: Callable[[Int[np.ndarray, " items"]], float],
+    items: int,
+    *,
+    level: float = 0.95,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """The percentile interval of any statistic of one sample, for those that are no mean.
+
+    For what two models make of the same items, let the statistic compare them: the same items are
+    then drawn for both.
+
+    Args:
+        statistic: of the items at these places, each as often as it is drawn.
+        items: how many there are.
+        level: share of resampled values inside, between 0 and 1.
+        resamples: how many times to draw.
+        seed: of the draws; the same arguments give the same interval.
+
+    Returns:
+        The interval; its mean is the statistic of all items, each of them once.
+
+    Raises:
+        ValueError: there are no items, or `level` or `resamples` is out of range.
+    """
+    if items < 1:
+        raise ValueError("there are 0 items to draw from; an interval needs at least 1")
+    _check(level, resamples)
+    draw = np.random.default_rng(seed)
+    values = [statistic(draw.integers(0, items, items)) for _ in range(resamples)]
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    whole = statistic(np.arange(items))
+    return Interval(mean=float(whole), low=float(low), high=float(high), level=level)
+
+
+def _check(level: float, resamples: int) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}; it must lie between 0 and 1, as in 0.95")
+    if resamples < 100:
+        raise ValueError(f"resamples is {resamples}; take at least 100")
 
 
 def _times_drawn(
