@@ -1,0 +1,48 @@
+"""Files that are there whole or not at all, so that a run that was killed leaves nothing half."""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` if nothing goes wrong."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON; `NaN` is refused."""
+    with whole_file(path) as beside:
+        text = json.dumps(value, indent=1, allow_nan=False)
+        beside.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Reads what `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def digest(text: str) -> str:
+    """A short name for a text: the same text, the same name."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def place(output: Path, arm: str, seed: int) -> Path:
+    """The folder of a trained model."""
+    return output / "trained" / f"{arm}-{seed}"
+
+
+def verdict(output: Path, kind: str, arm: str, seed: int, rule: str) -> Path:
+    """The file of a model that was judged under a rule."""
+    return output / kind / f"{arm}-{seed}" / f"{rule.replace(', ', '_').replace(' ', '-')}.json"

@@ -1,0 +1,140 @@
+"""The steps of the study, in order, and the command line.
+
+data -> trained -> judged, rerouted, embedded -> results.json -> tables and plot
+"""
+
+import argparse
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from studies.language_model.data import Data, prepare
+from studies.language_model.embedded import embedding_jobs
+from studies.language_model.files import place, read_json, verdict, write_json
+from studies.language_model.jobs import Job, one_thread, work
+from studies.language_model.judging import judge
+from studies.language_model.report import publish, write_plot, write_tables
+from studies.language_model.results import summarise
+from studies.language_model.rules import Rule, open_under, rules, without_training
+from studies.language_model.settings import QUICK, Settings, claim
+from studies.language_model.training import RUN, WEIGHTS, train
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+
+
+def study(settings: Settings, source: Path, output: Path, processes: int) -> dict[str, Any]:
+    """Does what is not done yet of a study, and writes what came of it.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: the texts are missing, or the folder holds another study.
+    """
+    began = time.perf_counter()
+    claim(output, settings)
+    prepare(source, output / "data", settings)
+    work(training_jobs(settings, source, output), processes)
+    work(judging_jobs(settings, source, output), processes)
+    work(embedding_jobs(settings, source, output), processes)
+    results = summarise(settings, output)
+    results["seconds_of_this_call"] = time.perf_counter() - began
+    write_json(output / "results.json", results)
+    return results
+
+
+def training_jobs(settings: Settings, source: Path, output: Path) -> list[Job]:
+    """A model for each arm and seed."""
+    return [
+        Job(
+            name=f"trained {arm}, seed {seed}",
+            leaves=place(output, arm, seed) / RUN,
+            call=train_one,
+            given=(settings, source, output, arm, seed),
+        )
+        for arm in settings.arms
+        for seed in settings.seeds
+    ]
+
+
+def train_one(settings: Settings, source: Path, output: Path, arm: str, seed: int) -> None:
+    """Trains one model."""
+    train(settings, _data(settings, source, output), arm, seed, place(output, arm, seed))
+
+
+def judging_jobs(settings: Settings, source: Path, output: Path) -> list[Job]:
+    """Every trained model under its rules, and those of token choice rerouted."""
+    cases = [
+        (arm, seed, "judged", rules(settings, arm))
+        for seed in settings.seeds
+        for arm in settings.arms
+    ]
+    cases += [
+        ("token-choice", seed, "rerouted", without_training(settings)) for seed in settings.seeds
+    ]
+    return [
+        Job(
+            name=f"{kind} {arm}, seed {seed}, {name}",
+            leaves=verdict(output, kind, arm, seed, name),
+            call=judge_one,
+            given=(settings, source, output, arm, seed, kind, name, rule),
+        )
+        for arm, seed, kind, named in cases
+        for name, rule in named.items()
+    ]
+
+
+def judge_one(
+    settings: Settings,
+    source: Path,
+    output: Path,
+    arm: str,
+    seed: int,
+    kind: str,
+    name: str,
+    rule: Rule,
+) -> None:
+    """Judges one model under one rule."""
+    data = _data(settings, source, output)
+    model = open_under(settings, data, place(output, arm, seed) / WEIGHTS, rule)
+    found = judge(model, data)
+    router = "the model's own" if rule.router is None else str(rule.router)
+    write_json(
+        verdict(output, kind, arm, seed, name),
+        {"arm": arm, "seed": seed, "rule": name, "router": router, **found},
+    )
+
+
+def _data(settings: Settings, source: Path, output: Path) -> Data:
+    return prepare(source, output / "data", settings)
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder of the texts")
+    parser.add_argument("--output", type=Path, help="folder of everything that is written")
+    parser.add_argument("--quick", action="store_true", help="a look at every part, in a minute")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument(
+        "--publish", action="store_true", help="put the results beside this file, README included"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="only make the README's tables from results.json"
+    )
+    options = parser.parse_args()
+    if options.report:
+        publish(read_json(RESULTS), HERE)
+        return
+    if options.data is None or options.output is None:
+        parser.error("--data and --output are needed")
+    one_thread()
+    settings = QUICK if options.quick else Settings()
+    results = study(settings, options.data, options.output, options.processes)
+    print(write_tables(results, options.output / "tables.md"))
+    write_plot(results, options.output / "plot.png")
+    if options.publish:
+        shutil.copy(options.output / "results.json", RESULTS)
+        publish(results, HERE)

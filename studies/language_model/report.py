@@ -1,0 +1,242 @@
+"""From `results.json` to tables and a plot; no number comes from anywhere else.
+
+The README holds each table between two marks, and `publish` writes what stands between them.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from studies.language_model.embedded import embedding_table
+
+Results = Mapping[str, Any]
+MARK, END = "<!-- table: {} -->", "<!-- end of table -->"
+PLOT = "results.png"
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Every table in Markdown, by the name of its mark."""
+    return {
+        "data": _data(results),
+        "training": _training(results),
+        "judged": _judged(results),
+        "rerouted": _rerouted(results),
+        "embedded": table(*embedding_table(results)),
+    }
+
+
+def _data(results: Results) -> str:
+    data, count, settings = results["data"], results["parameters"], results["settings"]
+    rows = [
+        ("training text", f"{data['training_tokens']:,} tokens of {data['training_books']} books"),
+        (
+            "held-out text",
+            f"{data['heldout_tokens']:,} tokens of {len(data['heldout_books'])} books by other "
+            f"authors",
+        ),
+        ("vocabulary", f"{settings['vocabulary']:,}, byte-level BPE of the training text"),
+        ("bytes in a held-out token", f"{data['heldout_bytes_per_token']:.2f}"),
+        (
+            "parameters",
+            f"{count['all']:,}, of which a token uses {count['active']:,} (embeddings, shared with "
+            f"the output: {count['embeddings']:,})",
+        ),
+        ("seeds", str(len(settings["seeds"]))),
+        ("machine", f"{results['machine']['cpu']}, {results['machine']['cores']} cores"),
+        (
+            "versions",
+            ", ".join(f"{name} {number}" for name, number in results["versions"].items()),
+        ),
+    ]
+    return table(("", ""), rows)
+
+
+def _training(results: Results) -> str:
+    rows = [
+        (
+            arm,
+            f"{told['tokens']:,}",
+            f"{told['experts_per_token']:.2f}",
+            _spread([s / 60 for s in told["seconds"]], ".1f"),
+            _spread(told["tokens_per_second"], ",.0f"),
+            f"{told['curve'][-1]:.3f}",
+        )
+        for arm, told in results["trained"].items()
+    ]
+    heads = (
+        "trained with",
+        "tokens",
+        "experts per token",
+        "minutes",
+        "tokens per second",
+        "last training loss",
+    )
+    return table(heads, rows)
+
+
+def _judged(results: Results) -> str:
+    rows = [
+        (arm, rule, *_cells(found))
+        for arm, by_rule in results["judged"].items()
+        for rule, found in by_rule.items()
+    ]
+    return table(("trained with", "chooses by", *_HEADS), rows)
+
+
+def _rerouted(results: Results) -> str:
+    rows = [(rule, *_cells(found)) for rule, found in results["rerouted"].items()]
+    return table(("rerouted to", *_HEADS), rows)
+
+
+_HEADS = (
+    "perplexity",
+    "against token choice",
+    "experts per token",
+    "MFLOP per token",
+    "leakage",
+)
+
+
+def _cells(found: Results) -> tuple[str, ...]:
+    difference = found["difference"]
+    same = difference["low"] == difference["high"] == 0
+    return (
+        perplexity(found["loss"]),
+        "the same" if same else relative(difference),
+        f"{found['experts_per_token']:.2f}",
+        f"{found['flops_per_token'] / 1e6:.2f}",
+        leaks(found["leakage"]),
+    )
+
+
+def leaks(found: Mapping[str, Any]) -> str:
+    """What leaks, in words: tokens that go to other experts, of those that were compared."""
+    if found["clean"]:
+        return "none"
+    kinds = {
+        kind: found[kind]
+        for kind in ("later", "others", "padding", "decoding")
+        if found[kind]["rerouted"] or found[kind]["output"] > found["tolerance"]
+    }
+    return "**leaks**: " + ", ".join(
+        f"{_WORDS[kind]} {one['rerouted']} of {one['tokens']}" for kind, one in kinds.items()
+    )
+
+
+_WORDS = {
+    "later": "later tokens",
+    "others": "other sequences",
+    "padding": "padding",
+    "decoding": "token by token",
+}
+
+
+def perplexity(loss: Mapping[str, float]) -> str:
+    """A loss in nats with its interval, as perplexity."""
+    mean, low, high = (f"{math.exp(loss[end]):.1f}" for end in ("mean", "low", "high"))
+    return f"{mean} ({low} to {high})"
+
+
+def relative(difference: Mapping[str, float]) -> str:
+    """A difference of losses with its interval, as a change of perplexity in percent."""
+    mean, low, high = (
+        f"{100 * math.expm1(difference[end]):+.1f}" for end in ("mean", "low", "high")
+    )
+    return f"{mean} % ({low} to {high})".replace("-", "\N{MINUS SIGN}")
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    low, high = min(values), max(values)
+    shown = f"{low:{form}}", f"{high:{form}}"
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
+
+
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def write_tables(results: Results, path: Path) -> str:
+    """Writes all tables into a file and returns its text."""
+    text = "\n\n".join(f"### {name}\n\n{made}" for name, made in tables(results).items()) + "\n"
+    path.write_text(text, encoding="utf-8")
+    return text
+
+
+def publish(results: Results, folder: Path) -> None:
+    """Writes the tables into a folder's README and the plot beside it."""
+    readme = folder / "README.md"
+    readme.write_text(
+        with_tables(readme.read_text(encoding="utf-8"), tables(results)), encoding="utf-8"
+    )
+    write_plot(results, folder / PLOT)
+
+
+def with_tables(text: str, made: Mapping[str, str]) -> str:
+    """A text with these tables between its marks.
+
+    Raises:
+        ValueError: a table has no place in it.
+    """
+    for name, one in made.items():
+        mark = MARK.format(name)
+        before, found, rest = text.partition(mark)
+        old, ended, after = rest.partition(END)
+        if not found or not ended or MARK.partition("{")[0] in old:
+            raise ValueError(f"the README has no {mark} with {END} after it; put both there")
+        text = f"{before}{mark}\n\n{one}\n\n{END}{after}"
+    return text
+
+
+def write_plot(results: Results, path: Path) -> None:
+    """Perplexity by router and rule, and of the rerouted models over what they compute."""
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    _plot_judged(left, results["judged"])
+    _plot_rerouted(right, results["rerouted"])
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+
+
+def _plot_judged(axes: Any, judged: Results) -> None:
+    rows = [(f"{arm}: {rule}", found) for arm, rs in judged.items() for rule, found in rs.items()]
+    for place, (_, found) in enumerate(rows):
+        mean, low, high = (100 * math.expm1(found["difference"][e]) for e in _ENDS)
+        clean = found["leakage"]["clean"]
+        axes.errorbar(
+            mean,
+            place,
+            xerr=[[mean - low], [high - mean]],
+            fmt="o",
+            color="tab:blue" if clean else "tab:red",
+            mfc="tab:blue" if clean else "white",
+            capsize=3,
+        )
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.axvline(0, color="0.7", lw=0.8)
+    axes.set_xlabel("held-out perplexity against token choice, %")
+    axes.set_title("Trained with: chooses by (red, hollow: sees later tokens)", fontsize=9)
+
+
+def _plot_rerouted(axes: Any, rerouted: Results) -> None:
+    for name, found in rerouted.items():
+        clean = found["leakage"]["clean"]
+        at = found["flops_per_token"] / 1e6, math.exp(found["loss"]["mean"])
+        axes.plot(
+            *at,
+            marker="o",
+            color="tab:blue" if clean else "tab:red",
+            mfc="tab:blue" if clean else "white",
+        )
+        axes.annotate(name, at, fontsize=6, xytext=(4, 3), textcoords="offset points")
+    axes.set_yscale("log")
+    axes.set_xlabel("MFLOP per token")
+    axes.set_ylabel("held-out perplexity")
+    axes.set_title("Token choice rerouted without training", fontsize=9)
+
+
+_ENDS = ("mean", "low", "high")
