@@ -98,7 +98,17 @@ FLAGS = {
 
 
 # Their examples need what another verb has written.
-LATER = {"load": [], "save": ["--force", "--no-force", "--out"]}
+LATER = {
+    "load": [],
+    "reroute": sorted(
+        [
+            *("--alpha", "--batch-size", "--budget", "--budgets", "--calibrate", "--device"),
+            *("--faithful", "--no-faithful", "--force", "--no-force", "--inference", "--length"),
+            *("--out", "--output", "--pairs", "--results", "--router", "--set", "--tokens"),
+        ]
+    ),
+    "save": ["--force", "--no-force", "--out"],
+}
 
 
 @pytest.mark.parametrize("verb", [*FLAGS, *LATER])

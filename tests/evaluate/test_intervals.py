@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moefold.evaluate import Interval, crossed_bootstrap
+from moefold.evaluate import Interval, bootstrap, crossed_bootstrap
 
 
 def test_one_seed_is_the_ordinary_bootstrap_over_queries():
@@ -77,3 +77,31 @@ def test_errors_name_the_value():
         crossed_bootstrap(np.zeros((1, 5)), resamples=10)
     with pytest.raises(ValueError, match=r"not from 1\.0 to 0\.0"):
         Interval(mean=0.0, low=1.0, high=0.0)
+
+
+def test_any_statistic_of_one_sample():
+    values = np.random.default_rng(3).random(80)
+    found = bootstrap(lambda which: float(np.median(values[which])), 80, resamples=5000)
+    theirs = stats.bootstrap(
+        (values,), np.median, n_resamples=5000, method="percentile", rng=np.random.default_rng(4)
+    ).confidence_interval
+    assert found.mean == np.median(values)
+    # A median of 80 lies between its neighbours; ends of two sets of draws differ by a step or two
+    # of the sorted sample, which are 1/80 apart.
+    assert found.low == pytest.approx(theirs.low, abs=2.5 / 80)
+    assert found.high == pytest.approx(theirs.high, abs=2.5 / 80)
+    mean = bootstrap(lambda which: float(values[which].mean()), 80, resamples=10_000)
+    crossed = crossed_bootstrap(values[None])
+    # As derived above: 4 sqrt(2) standard errors of an end, here of 10,000 draws.
+    tolerance = 4 * math.sqrt(2) * 0.019 * math.sqrt(2) * values.std() / math.sqrt(80)
+    assert mean.low == pytest.approx(crossed.low, abs=tolerance)
+    assert mean.high == pytest.approx(crossed.high, abs=tolerance)
+
+
+def test_a_sample_that_cannot_be_drawn_from():
+    with pytest.raises(ValueError, match=r"there are 0 items to draw from; an interval needs at"):
+        bootstrap(float, 0)
+    with pytest.raises(ValueError, match=r"level is 1; it must lie between 0 and 1"):
+        bootstrap(float, 3, level=1)
+    with pytest.raises(ValueError, match=r"resamples is 10; take at least 100"):
+        bootstrap(float, 3, resamples=10)

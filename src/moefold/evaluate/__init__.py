@@ -1,6 +1,6 @@
 """Measure what a text encoder is worth: retrieval per query, intervals over seeds and queries."""
 
-from moefold.evaluate.intervals import Interval, crossed_bootstrap
+from moefold.evaluate.intervals import Interval, bootstrap, crossed_bootstrap
 from moefold.evaluate.retrieval import (
     METRICS,
     encode,
@@ -11,6 +11,7 @@ from moefold.evaluate.retrieval import (
 __all__ = [
     "METRICS",
     "Interval",
+    "bootstrap",
     "crossed_bootstrap",
     "encode",
     "rank",

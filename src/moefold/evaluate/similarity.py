@@ -77,6 +77,8 @@ def agreement(
 
 def spearman(one: Float[np.ndarray, " n"], other: Float[np.ndarray, " n"]) -> float:
     """Spearman's rank correlation x100; ties have their mean rank. 0 where one does not vary."""
+    if len(one) < 2:  # a draw of one text over and over
+        return 0.0
     ranks = np.stack([rankdata(one), rankdata(other)])
     ranks -= ranks.mean(1, keepdims=True)
     scale = np.sqrt((ranks**2).sum(1).prod())

@@ -18,7 +18,7 @@ Shapes: `batch tokens experts`; a level is a scalar where all pairs compete for 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, final, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -218,6 +218,7 @@ class Predictor:
         return _level(made, recipe.choice)
 
 
+@final
 class MembershipHead(nn.Module):
     """Log-odds that the group would choose a pair, from the token and its scores.
 
