@@ -69,6 +69,7 @@ def test_the_example_of_the_help_runs(olmoe, tmp_path, capsys):
     assert type(loaded) is OlmoeForCausalLM
     done = rerouting_of(loaded)
     assert done is not None
+    assert done.config is not None
     assert done.config == routers.config("unified", inference="threshold", budget=1.5)
     # It is the model that was measured: the losses of its documents are those in the file.
     asked = SweepConfig(router=done.config, budgets=(1.5,), length=16, tokens=160)
@@ -195,7 +196,11 @@ def test_bad_input_is_explained_without_a_trace(line, olmoe, tmp_path, capsys):
     (tmp_path / "numbers.jsonl").write_text("7\n")
     (tmp_path / "two.jsonl").write_text("\n".join(map(json.dumps, PAIRS[:2])))
     if line.startswith(("bert", "upcycled")):
-        sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24}
+        sizes: dict[str, Any] = {
+            "hidden_size": 16,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+        }
         bert = BertModel(BertConfig(vocab_size=60, num_hidden_layers=2, **sizes))
         bert.save_pretrained(tmp_path / "bert")
         moefold.upcycle(bert)

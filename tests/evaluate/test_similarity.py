@@ -15,7 +15,7 @@ def test_cosines():
 def test_spearman_is_scipys_with_ties_too():
     draw = np.random.default_rng(0)
     one, other = draw.integers(0, 5, 60).astype(float), draw.random(60)
-    assert spearman(one, other) == pytest.approx(100 * spearmanr(one, other).statistic)
+    assert spearman(one, other) == pytest.approx(100 * np.asarray(spearmanr(one, other))[0])
     assert spearman(one, 7 - 2 * one) == pytest.approx(-100)
     assert spearman(np.zeros(5), other[:5]) == 0
 
@@ -25,7 +25,7 @@ def test_quality_of_pairs_and_its_change():
     scores = draw.random(200)
     good, bad = scores + 0.3 * draw.random(200), scores + 1.5 * draw.random(200)
     found = pair_quality(good, scores)
-    assert found.mean == pytest.approx(100 * spearmanr(good, scores).statistic)
+    assert found.mean == pytest.approx(100 * np.asarray(spearmanr(good, scores))[0])
     assert found.low < found.mean < found.high
     worse = pair_change(bad, good, scores)
     assert worse.mean == pytest.approx(spearman(bad, scores) - found.mean)

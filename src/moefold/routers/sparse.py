@@ -115,6 +115,7 @@ class AbstractRecipeRouter(AbstractRouter):
     Attributes:
         recipe: the recipe.
         state: what `recipe.adapt` or `recipe.inference` learns without gradient, or None.
+        alone: the score that looks at one token, for the inference rule.
         predictor: says which pairs a group would choose, where the inference rule asks for it.
         experts_compete: where the recipe has a competition, whether experts compete in passes of
             training; None to draw it in each pass.
@@ -137,6 +138,7 @@ class AbstractRecipeRouter(AbstractRouter):
         )
         recipe.choice.check(num_experts)
         self.recipe = recipe
+        self.alone = recipe.score.alone()  # made here: torch.compile cannot check its settings
         self.experts_compete: bool | None = None
         self.remembers = isinstance(rule, Prefix)
         self.state: Tensor | None
@@ -239,7 +241,7 @@ def _by_group(
         "scores": grouping.merge(scores),
         "wanted": None if wanted is None else grouping.merge(wanted),
         "l1_strength": None if adapt is None or state is None else adapt.l1_strength(state),
-        "predicted": _predicted(router, x, recipe.score.alone()(logits, mask), mask),
+        "predicted": _predicted(router, x, logits, mask),
     }
 
 
@@ -252,7 +254,7 @@ def _by_rule(
     past: Past | None,
 ) -> dict[str, Any]:
     recipe = router.recipe
-    scores = recipe.score.alone()(logits, mask)
+    scores = router.alone(logits, mask)
     if router.predictor is not None:
         router.check_trained(router.predictor.is_trained)
     known = Known(
@@ -260,7 +262,7 @@ def _by_rule(
         mask=mask,
         choice=recipe.choice,
         state=router.state,
-        predicted=_predicted(router, x, scores, mask),
+        predicted=_predicted(router, x, logits, mask),
         past=past,
     )
     chosen = rule(known)
@@ -277,14 +279,14 @@ def _by_rule(
 
 
 def _predicted(
-    router: AbstractRecipeRouter, x: Tensor | None, scores: Tensor, mask: Tensor | None
+    router: AbstractRecipeRouter, x: Tensor | None, logits: Tensor, mask: Tensor | None
 ) -> Float[Tensor, "batch tokens experts"] | None:
     if router.predictor is None:
         return None
     assert x is not None, "whoever calls a router with a predictor gives it the tokens"
     if mask is not None:
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # padding may hold NaN
-    return float32_or_better(router.predictor(x, scores))
+    return float32_or_better(router.predictor(x, router.alone(logits, mask)))
 
 
 @final
