@@ -132,6 +132,8 @@ def _sweep(
     pairs: list[tuple[str, str, float]],
 ) -> None:
     """Measures, shows, and saves the model at the budget that was asked for."""
+    import matplotlib  # noqa: F401 - if it is missing, now and not when all is measured
+
     from moefold.demo.bars import Bars  # its package trains models, for which libraries are read
 
     if budgets is None:
