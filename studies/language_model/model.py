@@ -11,8 +11,8 @@ from safetensors.torch import load_model, save_model
 from transformers import OlmoeConfig, OlmoeForCausalLM
 
 import moefold
+from moefold.evaluate.files import whole_file
 from moefold.routers import RouterConfig
-from studies.language_model.files import whole_file
 from studies.language_model.settings import Settings
 
 REROUTER = ".rerouter."

@@ -151,7 +151,7 @@ def test_numbers_and_tensors_agree_on_the_budget():
         choice = TopPairs(budget=budget)
         tokens = torch.arange(200)
         one_by_one = [choice.pairs(n, 3) for n in tokens.tolist()]
-        assert choice._pairs_of_groups(tokens, 3).tolist() == one_by_one
+        assert choice.quota(tokens, 3).tolist() == one_by_one
 
 
 # What it comes to in special cases

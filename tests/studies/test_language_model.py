@@ -17,10 +17,11 @@ pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
 import moefold
+from moefold.evaluate.files import whole_file
 from studies.language_model import report, training
 from studies.language_model.data import HELDOUT, TRAIN, Data, cut, prepare, read_books, spread
 from studies.language_model.embedded import embedding_table, tasks, training_texts
-from studies.language_model.files import read_json, whole_file, write_json
+from studies.language_model.files import read_json, write_json
 from studies.language_model.jobs import Job, work
 from studies.language_model.judging import judge, leaks
 from studies.language_model.main import RESULTS, study

@@ -9,7 +9,6 @@ own wrapper for a SentenceTransformer.
 import hashlib
 import json
 import logging
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,6 +26,7 @@ from mteb.models import SentenceTransformerEncoderWrapper
 from sentence_transformers import SentenceTransformer
 from sklearn.exceptions import ConvergenceWarning, UndefinedMetricWarning
 
+from moefold.evaluate.files import whole_file
 from moefold.evaluate.surroundings import surroundings, weights_sha256
 
 PACKAGES = (
@@ -234,11 +234,5 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 
 def _write(file: Path, data: Mapping[str, Any]) -> None:
-    """All or nothing: a run that is stopped leaves no half of a file."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
+    with whole_file(file) as new:
         new.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-        new.replace(file)
-    finally:
-        new.unlink(missing_ok=True)

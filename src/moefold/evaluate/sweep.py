@@ -7,12 +7,12 @@ Shapes: `documents`, `pairs`, as tuples.
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from moefold.evaluate.files import whole_file
 from moefold.evaluate.intervals import Interval
 from moefold.routers import RouterConfig
 
@@ -199,13 +199,8 @@ def write_rows(
         "surroundings": {**surroundings},
         "rows": [asdict(rows[budget]) for budget in sorted(rows, key=lambda b: b or 0.0)],
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        beside.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
-        beside.replace(file)
-    finally:
-        beside.unlink(missing_ok=True)
+    with whole_file(file) as new:
+        new.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def big(number: float) -> str:

@@ -17,10 +17,10 @@ from torch import nn
 
 from moefold.modes import evaluating
 from moefold.record import AbstractRouted, record_routing
+from moefold.rerouting.layer import block_of
 from moefold.rerouting.predictors import (
     Calibration,
     average_level,
-    block_of,
     real_tokens_in,
     run_without_cache,
     train_predictors,

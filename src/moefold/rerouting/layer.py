@@ -90,6 +90,11 @@ class Rerouter(AbstractRouted):
         return routing.combine(made).reshape(hidden.shape)
 
 
+def block_of(site: str) -> str:
+    """The block that a site belongs to: what chooses in a rerouted one is a part of it."""
+    return site.removesuffix(f".{REROUTER}")
+
+
 def own_routing(
     logits: Float[Tensor, "batch tokens experts"],
     weights: Float[Tensor, "flat_tokens k"],

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from moefold.losses import membership
 from moefold.modes import competing
 from moefold.record import record_routing
-from moefold.rerouting.layer import REROUTER
+from moefold.rerouting.layer import block_of
 from moefold.routers.sparse import AbstractRecipeRouter
 from moefold.routing import SparseRouting
 
@@ -169,11 +169,6 @@ def run_without_cache(model: nn.Module, batch: Mapping[str, Any]) -> None:
     """One pass over whole texts."""
     takes = inspect.signature(model.forward).parameters
     model(**batch, **({"use_cache": False} if "use_cache" in takes else {}))
-
-
-def block_of(site: str) -> str:
-    """The block that a site belongs to: a rerouted one is named after it."""
-    return site.removesuffix(f".{REROUTER}")
 
 
 def real_tokens_in(routing: SparseRouting) -> int:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from moefold import surgery
-from moefold.rerouting.layer import REROUTER, Rerouter
+from moefold.rerouting.layer import REROUTER, Rerouter, block_of
 from moefold.rerouting.reroute import OWN, Rerouting, reroute, rerouting_of
 from moefold.routers import RouterConfig
 from moefold.surgery.hosts import refuse_adapters
@@ -230,7 +230,7 @@ def take_over(model: nn.Module, learnt: dict[str, Tensor]) -> None:
 
 def _rerouters(model: nn.Module) -> dict[str, Rerouter]:
     return {
-        name.removesuffix(f".{REROUTER}"): module
+        block_of(name): module
         for name, module in model.named_modules()
         if isinstance(module, Rerouter)
     }

@@ -262,7 +262,8 @@ class TopPairs:
         return float(self.budget)
 
     def quota(self, tokens: Tensor, num_experts: int) -> Tensor:
-        return self._pairs_of_groups(tokens, num_experts)
+        pairs = torch.floor(tokens.double() * self.budget + 0.5).long()
+        return torch.minimum(pairs, tokens * num_experts)
 
     def bounds(self, scores: Scores) -> tuple[Tensor | None, Tensor | None]:
         """Pairs that a token takes in any case, and pairs it may take; None for no such bound."""
@@ -283,15 +284,12 @@ class TopPairs:
     def __call__(self, scores: Scores, valid: Valid, training: bool) -> Picked:
         groups, members, experts = scores.shape
         open_to = _spread(valid, scores)
-        contest = scores
-        if self.min_experts or self.max_experts is not None:
-            place = rank(scores)
-            if self.max_experts is not None:
-                allowed = place < self.max_experts
-                open_to = allowed if open_to is None else open_to & allowed
-            contest = scores.masked_fill(place < self.min_experts, torch.inf)
+        must, may = self.bounds(scores)
+        if may is not None:
+            open_to = may if open_to is None else open_to & may
+        contest = scores if must is None else scores.masked_fill(must, torch.inf)
         most = self.pairs(members, experts)
-        count = most if valid is None else self._pairs_of_groups(valid.sum(1), experts)
+        count = most if valid is None else self.quota(valid.sum(1), experts)
         open_flat = None if open_to is None else open_to.flatten(1)
         chosen = top(contest.flatten(1), count, 1, open_flat, most).reshape(scores.shape)
         if self.capacity.is_unlimited:
@@ -338,10 +336,6 @@ class TopPairs:
         """Budget of a group of so many real tokens; halves are rounded up."""
         # trunc is floor here, and the one of the two that a saved program of torch.export can hold.
         return min(math.trunc(self.budget * tokens + 0.5), tokens * experts)
-
-    def _pairs_of_groups(self, tokens: Tensor, experts: int) -> Tensor:
-        pairs = torch.floor(tokens.double() * self.budget + 0.5).long()
-        return torch.minimum(pairs, tokens * experts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -241,7 +241,9 @@ def _by_group(
         "scores": grouping.merge(scores),
         "wanted": None if wanted is None else grouping.merge(wanted),
         "l1_strength": None if adapt is None or state is None else adapt.l1_strength(state),
-        "predicted": _predicted(router, x, logits, mask),
+        "predicted": None
+        if router.predictor is None
+        else _predicted(router.predictor, x, router.alone(logits, mask), mask),
     }
 
 
@@ -255,14 +257,16 @@ def _by_rule(
 ) -> dict[str, Any]:
     recipe = router.recipe
     scores = router.alone(logits, mask)
+    predicted = None
     if router.predictor is not None:
         router.check_trained(router.predictor.is_trained)
+        predicted = _predicted(router.predictor, x, scores, mask)
     known = Known(
         scores=scores.detach(),
         mask=mask,
         choice=recipe.choice,
         state=router.state,
-        predicted=_predicted(router, x, logits, mask),
+        predicted=predicted,
         past=past,
     )
     chosen = rule(known)
@@ -274,19 +278,17 @@ def _by_rule(
         "mask": mask,
         "logits": logits,
         "scores": scores,
-        "predicted": known.predicted,
+        "predicted": predicted,
     }
 
 
 def _predicted(
-    router: AbstractRecipeRouter, x: Tensor | None, logits: Tensor, mask: Tensor | None
-) -> Float[Tensor, "batch tokens experts"] | None:
-    if router.predictor is None:
-        return None
+    head: MembershipHead, x: Tensor | None, scores: Tensor, mask: Tensor | None
+) -> Float[Tensor, "batch tokens experts"]:
     assert x is not None, "whoever calls a router with a predictor gives it the tokens"
     if mask is not None:
         x = x.masked_fill(~mask.unsqueeze(-1), 0.0)  # padding may hold NaN
-    return float32_or_better(router.predictor(x, router.alone(logits, mask)))
+    return float32_or_better(head(x, scores))
 
 
 @final
