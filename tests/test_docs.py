@@ -64,5 +64,5 @@ def test_the_plan_in_the_readme_is_the_one_that_is_printed() -> None:
     assert shown is not None
     plan = moefold.upcycle(pretrained_encoder("minilm"), moefold.UpcycleConfig())
     # Rounding differs between machines.
-    printed, wanted = (re.sub(r"\d\.\de-0[67]", "~", text) for text in (str(plan), shown.group(1)))
+    printed, wanted = (re.sub(r"\d\.\de-0[678]", "~", text) for text in (str(plan), shown.group(1)))
     assert printed.strip() == wanted.strip()

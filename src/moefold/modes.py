@@ -21,12 +21,21 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def competing(model: nn.Module) -> Iterator[None]:
+def competing(model: nn.Module, *, untaught_only: bool = False) -> Iterator[None]:
     """Routers with an inference rule let the group choose, as in training.
 
     For embeddings of whole texts, where seeing later tokens does no harm.
+
+    Args:
+        model: a model, or a router.
+        untaught_only: only those whose rule has to be taught first and was not: for what is
+            measured before any training.
     """
-    routers = [module for module in model.modules() if isinstance(module, AbstractRouter)]
+    routers = [
+        module
+        for module in model.modules()
+        if isinstance(module, AbstractRouter) and not (untaught_only and module.is_taught)
+    ]
     before = [router.competes for router in routers]
     for router in routers:
         router.competes = True

@@ -84,6 +84,11 @@ class AbstractRouter(nn.Module, abc.ABC):
         """The same in the mode that it is in."""
         return self.reach_now in ("token", "past") or self.group == "position"
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether it can route outside of training: nothing that it needs for it is unlearnt."""
+        return True
+
     @abc.abstractmethod
     def forward(
         self,

@@ -147,6 +147,11 @@ class AbstractRecipeRouter(AbstractRouter):
         if isinstance(rule, Predictor):
             self.predictor = MembershipHead(hidden_dim or dim, num_experts)
 
+    @property
+    def is_taught(self) -> bool:
+        """Whether its predictor, if it has one, was trained."""
+        return self.predictor is None or bool(self.predictor.is_trained)
+
     @torch.no_grad()
     def update(self, routings: Sequence[Routing], *, at_once: bool = False) -> None:
         """Adapt the state to the routings of one optimiser step; see `routers.adapt`.

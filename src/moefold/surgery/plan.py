@@ -194,7 +194,15 @@ class Plan:
                 f"  {'training':<22} {of}the router gets no gradient from the task: no combine "
                 f"weight depends on it (one expert, renormalised: always 1)"
             )
-        return [*lines, f"  {'router looks at':<22} {of}the {trial.reach}, {sight}"]
+        lines.append(f"  {'router looks at':<22} {of}the {trial.reach}, {sight}")
+        if trial.reach_in_training != trial.reach:
+            lines.append(f"  {'in training at':<22} {of}the {trial.reach_in_training}")
+        if not trial.taught:
+            lines.append(
+                f"  {'before use':<22} {of}train it, or call moefold.calibrate: its predictor has "
+                f"learnt nothing yet; what is said here is of the group's own choice"
+            )
+        return lines
 
 
 def spelled_out(router: routers.RouterConfig) -> str:

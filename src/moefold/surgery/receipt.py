@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefold.modes import evaluating
+from moefold.modes import competing, evaluating
 from moefold.moe import MoE
 from moefold.record import record_routing
 from moefold.routing import Routing, SparseRouting
@@ -151,7 +151,8 @@ def measure_dense(
 @torch.no_grad()
 def measure_upcycled(model: nn.Module, mixtures: Mapping[str, MoE], before: Before) -> Receipt:
     """Runs the upcycled model on the same inputs and compares."""
-    with evaluating(model), torch.random.fork_rng(devices=[]):
+    untaught = competing(model, untaught_only=True)
+    with evaluating(model), untaught, torch.random.fork_rng(devices=[]):
         with record_routing(model) as record:
             output = output_of(model, before.inputs)
         names = {id(module): name for name, module in model.named_modules()}

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from moefold.modes import competing, evaluating
 from moefold.moe import MoEConfig
 from moefold.routing import Routing, SparseRouting
 from moefold.surgery.hosts import Site
@@ -32,6 +33,9 @@ class Trial:
         learns: whether what the experts compute depends on the router's parameters smoothly, so
             that the task's loss has a gradient for them; True for a router without parameters.
         reach: how far the router looks.
+        reach_in_training: the same in training.
+        taught: whether it can route outside of training at birth; one that cannot is tried as in
+            training.
         causal: whether no later token of a sequence changes an earlier one.
         weights: the combine weights themselves, zero where an expert is not chosen: of the random
             tokens, then of as many that are all alike; None where experts see mixtures of tokens.
@@ -44,6 +48,8 @@ class Trial:
     mixes: bool
     learns: bool
     reach: str
+    reach_in_training: str
+    taught: bool
     causal: bool
     weights: Float[Tensor, "kinds tokens experts"] | None = field(
         default=None, compare=False, repr=False
@@ -71,9 +77,10 @@ def try_router(moe: MoEConfig, site: Site, start: Callable[[nn.Module], None]) -
         start(router)
         # A LayerNorm before the MLP makes about such tokens.
         x = torch.randn(*_trial_size(router), site.dim)
-        routing = router.eval()(x)
-        alike = router(x[:, :1].expand_as(x))
-        learns = _learns(router, x)
+        with evaluating(router), competing(router, untaught_only=True):
+            routing = router(x)
+            alike = router(x[:, :1].expand_as(x))
+            learns = _learns(router, x)
     sparse = isinstance(routing, SparseRouting)
     weights = routing.weights if sparse else routing.combine_weight.flatten(2)
     mass = weights.sum(-1)
@@ -85,6 +92,8 @@ def try_router(moe: MoEConfig, site: Site, start: Callable[[nn.Module], None]) -
         mixes=not sparse,
         learns=learns,
         reach=router.reach,
+        reach_in_training=router.reach_in_training,
+        taught=router.is_taught,
         causal=router.is_causal,
         weights=_weights(routing, alike),
     )
