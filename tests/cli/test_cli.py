@@ -77,7 +77,7 @@ FLAGS = {
             *("--faithful", "--no-faithful", "--force", "--no-force"),
             *("--instructions", "--no-instructions", "--clean-text", "--no-clean-text"),
             *("--kind", "--layer", "--max-length", "--pooling", "--prompt", "--routing-of"),
-            *("--routing-pooling", "--similarity-weight", "--standardize"),
+            *("--fit", "--routing-pooling", "--similarity-weight", "--standardize"),
         ]
     ),
     "list": [],

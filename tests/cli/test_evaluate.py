@@ -1,5 +1,6 @@
 """`moefold evaluate`: every kind of model, tasks from a folder, and what is refused."""
 
+import hashlib
 import json
 import lzma
 from pathlib import Path
@@ -183,3 +184,30 @@ def test_a_rerouted_folder_has_its_router(data, capsys):
     assert main([*words, "--router", "seq-topk"]) == 2
     assert "rerouted holds a rerouted model; leave --router out" in capsys.readouterr().err
     assert torch.is_grad_enabled()
+
+
+def test_features_are_standardized_by_the_texts_of_a_file(causal, data):
+    words = ["evaluate", causal, "--mteb", "STSBenchmark", "--data", data, "--kind", "routing"]
+    Path("texts.txt").write_text("\n".join(" ".join(pair) for pair in pairs()), encoding="utf-8")
+    assert main([*words, "--standardize", "fitted", "--fit", "texts.txt"]) == 0
+    digest = hashlib.sha256(Path("texts.txt").read_bytes()).hexdigest()
+    assert told()["model"]["fitted_on"] == {"texts": len(pairs()), "sha256": digest}
+    fitted = told()["score"]["main_score"]
+    assert main([*words, "--output", "plain"]) == 0
+    assert told(folder="plain")["score"]["main_score"] != fitted
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--standardize", "fitted"], "--fit FILE says which: give both or none"),
+        (["--fit", "one.txt"], "--fit FILE says which: give both or none"),
+        (["--standardize", "fitted", "--fit", "one.txt"], "one.txt holds 1 line of text; give"),
+        (["--standardize", "fitted", "--fit", "none.txt"], "no file at none.txt"),
+    ],
+)
+def test_texts_to_standardize_by_go_with_the_setting(causal, data, words, message, capsys):
+    Path("one.txt").write_text("a text\n", encoding="utf-8")
+    asked = ["evaluate", causal, "--mteb", "STSBenchmark", "--data", data, "--kind", "routing"]
+    assert main([*asked, *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,11 +1,12 @@
 """`moefold evaluate`: what a model is worth as an encoder of texts, on tasks of mteb."""
 
+import hashlib
 import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import torch
 import transformers
@@ -15,8 +16,9 @@ from sentence_transformers import SentenceTransformer
 from torch import nn
 
 from moefold.cli.options import parse, router_of
-from moefold.embedding import EmbeddingConfig, embedder, open_embedder
-from moefold.embedding.config import Kind, Pooling, RoutingOf
+from moefold.cli.texts import read_texts
+from moefold.embedding import EmbeddingConfig, embedder, fit, open_embedder
+from moefold.embedding.config import Kind, Pooling, RoutingOf, Standardize
 from moefold.embedding.module import SETTINGS
 from moefold.rerouting import reroute
 from moefold.rerouting.reroute import rerouting_of
@@ -45,7 +47,8 @@ class Vectors:
         similarity_weight: weight of the cosine of routing weights, for the kind sum.
         prompt: quotes, prompteol, or a template that holds {text}.
         clean_text: as published: a full stop at the end, no double quotes, no underscores.
-        standardize: features by their mean and deviation in the batch, as published.
+        standardize: features by their mean and deviation: in the batch, as published, or in the
+            texts of --fit.
         max_length: most tokens of a text.
     """
 
@@ -57,7 +60,7 @@ class Vectors:
     similarity_weight: float = 1.0
     prompt: str | None = None
     clean_text: bool = False
-    standardize: Literal["none", "batch"] = "none"
+    standardize: Standardize = "none"
     max_length: int | None = None
 
     def config(self) -> EmbeddingConfig:
@@ -79,6 +82,8 @@ class Arguments:
         router: another router for the mixtures of a causal model, before it is measured.
         set: a setting of the router, name=value; may be repeated.
         faithful: reroute as the released code of USMoE does it, where padding competes.
+        fit: texts that --standardize fitted learns mean and deviation from, a few hundred lines:
+            plain, .jsonl, or .xz of either.
         instructions: put every task's instruction before its texts, in the form of GritLM.
         batch_size: texts in a batch.
         device: where to run, such as cpu or cuda; the first accelerator if not said.
@@ -93,6 +98,7 @@ class Arguments:
     router: str | None = None
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     faithful: bool = False
+    fit: Path | None = None
     instructions: bool = False
     batch_size: int = 32
     device: str | None = None
@@ -110,6 +116,11 @@ def main(arguments: Sequence[str]) -> None:
     config = asked.vectors.config()
     if asked.set and asked.router is None:
         raise ValueError("--set is a setting of --router, which is not given")
+    if (asked.fit is None) == (config.standardize == "fitted"):
+        raise ValueError(
+            "--standardize fitted learns from texts, and --fit FILE says which: give both or none"
+        )
+    lines = [] if asked.fit is None else _lines(asked.fit)
     if asked.batch_size < 1:
         raise ValueError(f"--batch-size is {asked.batch_size}; it must be at least 1")
     data = asked.data or (Path(os.environ[DATA]) if os.environ.get(DATA) else None)
@@ -129,6 +140,11 @@ def main(arguments: Sequence[str]) -> None:
     console.print(f"opening {asked.model}")
     encoder, about = _open(asked, config)
     encoder.to(asked.device or _best_device())
+    if lines:
+        console.print(f"learning mean and deviation from {len(lines)} texts")
+        fit(encoder, lines, batch_size=asked.batch_size)
+        digest = hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        about["fitted_on"] = {"texts": len(lines), "sha256": digest}
     scores = run_tasks(
         encoder,
         tasks,
@@ -150,6 +166,14 @@ def main(arguments: Sequence[str]) -> None:
         mean = sum(score.main_score for score in scores) / len(scores)
         print(f"  {'mean':<{longest}}  {100 * mean:6.2f}")
     print(f"wrote {asked.output}/TASK.json")
+
+
+def _lines(file: Path) -> list[str]:
+    """The lines of a file's texts that hold something."""
+    lines = [line for text in read_texts(file) for line in text.split("\n") if line.strip()]
+    if len(lines) < 2:
+        raise ValueError(f"{file} holds {len(lines)} line of text; give at least 2 to --fit")
+    return lines
 
 
 def _offer(model: str, data: Path | None) -> list[str]:
