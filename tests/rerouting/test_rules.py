@@ -81,6 +81,19 @@ def test_beams_are_the_same_with_and_without_a_cache(rule):
     assert torch.equal(cached, model.generate(ids, use_cache=False, **settings))
 
 
+@pytest.mark.parametrize("rule", RULES)
+def test_a_static_cache_generates_what_no_cache_does(rule):
+    # Its room is filled step by step, so that the router must not take room for earlier tokens.
+    model = ruled("unified", rule)
+    ids = torch.randint(3, 60, (3, 9))
+    mask = torch.arange(9).expand(3, 9) >= torch.tensor([[0], [4], [7]])
+    settings: dict[str, Any] = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
+    settings |= {"attention_mask": mask.long()}
+    without = model.generate(ids * mask, use_cache=False, **settings)
+    static = {"cache_implementation": "static", "disable_compile": True}
+    assert torch.equal(model.generate(ids * mask, **static, **settings), without)
+
+
 def test_without_a_rule_a_cache_is_refused_with_the_rules_that_can():
     model = ruled("unified", "group")
     with pytest.raises(
