@@ -2,10 +2,12 @@
 
     python benchmarks/rerouting/bench_rerouting.py
 
-Two ratios, each a median over rounds in which the variants take turns:
+Ratios, each a median over rounds in which the variants take turns:
 
 - choice: the best pairs of one group of 4,096 tokens and 64 experts under one budget, against
   `torch.topk` of each token on the same scores. Ours breaks ties by index, which `topk` does not.
+  The same with bounds on the experts of a token (1 to 12), on the tokens of an expert (1.25 times
+  its share), on both, and by the rules that see no later token.
 - layer: one layer of OLMoE's shape (width 2,048, 64 experts of 1,024, top 8) on one sequence,
   rerouted to `unified` at a budget of 8, against the untouched layer, and against the same layer
   with its own choice recorded. The weights are random, so loads are near to equal for both.
@@ -27,7 +29,8 @@ import torch
 from transformers import OlmoeConfig, OlmoeModel
 
 import moefold
-from moefold.routers.sparse import SparseRouter
+from moefold.routers.inference import Known
+from moefold.routers.sparse import Recipe, SparseRouter
 
 RESULTS = Path(__file__).parents[1] / "results" / "local"
 
@@ -59,20 +62,39 @@ def summary(seconds: dict[str, list[float]], base: str) -> dict[str, dict[str, o
 
 def bench_choice(rounds: int) -> dict[str, dict[str, object]]:
     """Time the choice alone."""
-    router = moefold.routers.build("unified", dim=8, num_experts=64, budget=8.0)
+    torch.manual_seed(0)
+    logits = torch.randn(1, 4096, 64)
+    tokens = {"min_experts": 1, "max_experts": 12}
+    experts = {"capacity_factor": 1.25}
+    variants: dict[str, Callable[[], object]] = {}
+    for name, settings in {
+        "unified": {},
+        "bounds of a token": tokens,
+        "bounds of an expert": experts,
+        "bounds of both": {**tokens, **experts},
+    }.items():
+        recipe, scores = scored(logits, **settings)
+        variants[name] = lambda recipe=recipe, scores=scores: recipe.choice(scores, None, False)
+        per_token = scores
+    for rule in ("threshold", "prefix"):
+        recipe, scores = scored(logits, inference=rule)
+        state = recipe.inference.initial(recipe.choice, 64)
+        if state is not None:  # the level that the group's own choice has on these scores
+            state = scores.flatten().topk(8 * 4096).values[-1].reshape(state.shape)
+        known = Known(
+            scores=scores, mask=None, choice=recipe.choice, state=state, predicted=None, past=None
+        )
+        variants[rule] = lambda rule=recipe.inference, known=known: rule(known)
+    base = "topk of each token"
+    variants = {base: lambda: torch.topk(per_token, 8, dim=-1), **variants}
+    return summary(interleaved(variants, rounds), base)
+
+
+def scored(logits: torch.Tensor, **settings: object) -> tuple[Recipe, torch.Tensor]:
+    """The recipe of unified competition at a budget of 8, and what it makes of logits."""
+    router = moefold.routers.build("unified", dim=8, num_experts=64, budget=8.0, **settings)
     assert isinstance(router, SparseRouter)
-    recipe = router.recipe
-    scores = recipe.score(torch.randn(1, 4096, 64), None)
-    return summary(
-        interleaved(
-            {
-                "topk of each token": lambda: torch.topk(scores, 8, dim=-1),
-                "unified": lambda: recipe.choice(scores, None, False),
-            },
-            rounds,
-        ),
-        "topk of each token",
-    )
+    return router.recipe, router.recipe.score(logits, None)
 
 
 def bench_layer(tokens: int, rounds: int) -> dict[str, dict[str, object]]:
@@ -127,7 +149,7 @@ def main() -> None:
         "load_before": os.getloadavg(),
         "threads": options.threads,
         "tokens": options.tokens,
-        "choice": bench_choice(10 * options.rounds),
+        "choice": bench_choice(4 * options.rounds),
         "layer": bench_layer(options.tokens, options.rounds),
     }
     for part in ("choice", "layer"):
