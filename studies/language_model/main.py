@@ -9,11 +9,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import moefold
 from studies.language_model.data import Data, prepare
-from studies.language_model.embedded import embedding_jobs
+from studies.language_model.embedded import embedding_jobs, tokenizer
 from studies.language_model.files import place, read_json, verdict, write_json
 from studies.language_model.jobs import Job, one_thread, work
 from studies.language_model.judging import judge
+from studies.language_model.model import open_trained
 from studies.language_model.report import publish, write_plot, write_tables
 from studies.language_model.results import summarise
 from studies.language_model.rules import Rule, open_under, rules, without_training
@@ -107,6 +109,21 @@ def judge_one(
     )
 
 
+def export(settings: Settings, data: Data, output: Path, folder: Path) -> None:
+    """Writes the first seed's model of token choice as transformers and its tools open it.
+
+    Raises:
+        ValueError: it has not been trained.
+    """
+    weights = place(output, "token-choice", settings.seeds[0]) / WEIGHTS
+    if not weights.is_file():
+        raise ValueError(f"no trained model at {weights}; run the study to there first")
+    trained = open_trained(settings, weights, None)
+    moefold.revert(trained)
+    trained.save_pretrained(folder)
+    tokenizer(data).save_pretrained(folder)
+
+
 def _data(settings: Settings, source: Path, output: Path) -> Data:
     return prepare(source, output / "data", settings)
 
@@ -124,6 +141,12 @@ def main() -> None:
     parser.add_argument(
         "--report", action="store_true", help="only make the README's tables from results.json"
     )
+    parser.add_argument(
+        "--export",
+        type=Path,
+        metavar="FOLDER",
+        help="only write a trained model of token choice there, for moefold reroute",
+    )
     options = parser.parse_args()
     if options.report:
         publish(read_json(RESULTS), HERE)
@@ -132,6 +155,10 @@ def main() -> None:
         parser.error("--data and --output are needed")
     one_thread()
     settings = QUICK if options.quick else Settings()
+    if options.export is not None:
+        data = _data(settings, options.data, options.output)
+        export(settings, data, options.output, options.export)
+        return
     results = study(settings, options.data, options.output, options.processes)
     print(write_tables(results, options.output / "tables.md"))
     write_plot(results, options.output / "plot.png")

@@ -16,15 +16,17 @@ from torch.nn import functional
 pytest.importorskip("tokenizers")
 pytest.importorskip("transformers")
 
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 import moefold
 from moefold.evaluate.files import whole_file
 from studies.language_model import report, training
 from studies.language_model.data import HELDOUT, TRAIN, Data, cut, prepare, read_books, spread
-from studies.language_model.embedded import embedding_table, tasks, training_texts
-from studies.language_model.files import read_json, write_json
+from studies.language_model.embedded import embedding_table, tasks, tokenizer, training_texts
+from studies.language_model.files import place, read_json, write_json
 from studies.language_model.jobs import Job, work
 from studies.language_model.judging import judge, leaks
-from studies.language_model.main import RESULTS, study
+from studies.language_model.main import RESULTS, export, study
 from studies.language_model.model import new_model, open_trained
 from studies.language_model.results import of_rule
 from studies.language_model.rules import open_under, rules, without_training
@@ -311,6 +313,24 @@ def test_a_rule_takes_the_trained_weights(data: Data, trained: Callable[[str], P
         for one in (logits, fresh)
     )
     assert loss < start  # of text it was trained on
+
+
+def test_a_trained_model_is_a_folder_of_transformers(
+    data: Data, trained: Callable[[str], Path], tmp_path: Path
+):
+    weights = trained("token-choice") / WEIGHTS
+    place(tmp_path, "token-choice", 0).parent.mkdir(parents=True)
+    place(tmp_path, "token-choice", 0).symlink_to(weights.parent)
+    export(TINY, data, tmp_path, tmp_path / "exported")
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    ids = torch.from_numpy(data.train[:4].astype("int64"))
+    with torch.no_grad():
+        wanted = open_trained(TINY, weights, None)(input_ids=ids).logits
+        assert torch.allclose(opened(input_ids=ids).logits, wanted, atol=1e-5)
+    read = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert read("ada eats").input_ids == tokenizer(data)("ada eats").input_ids
+    with pytest.raises(ValueError, match=r"no trained model at .*token-choice-0.*run the study"):
+        export(TINY, data, tmp_path / "nowhere", tmp_path / "other")
 
 
 # -- the order of work -----------------------------------------------------------------------------
