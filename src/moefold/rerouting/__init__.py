@@ -4,7 +4,6 @@ from moefold.rerouting.blocks import Block, find_blocks
 from moefold.rerouting.calibrate import Calibration, calibrate
 from moefold.rerouting.reroute import (
     Rerouting,
-    causal_routers,
     recipes,
     reroute,
     rerouting_of,
@@ -16,7 +15,6 @@ __all__ = [
     "Calibration",
     "Rerouting",
     "calibrate",
-    "causal_routers",
     "find_blocks",
     "load",
     "load_rerouted",

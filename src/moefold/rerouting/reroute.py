@@ -192,12 +192,6 @@ def recipes(num_experts: int) -> tuple[str, ...]:
     return tuple(name for name, built in _all_routers(num_experts).items() if _takes_logits(built))
 
 
-def causal_routers(num_experts: int) -> tuple[str, ...]:
-    """Names of those of them by which no later token changes an earlier one."""
-    built = _all_routers(num_experts)
-    return tuple(n for n, router in built.items() if _takes_logits(router) and router.is_causal)
-
-
 def _all_routers(num_experts: int) -> dict[str, AbstractRouter]:
     found = {}
     with torch.device("meta"):
