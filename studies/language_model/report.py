@@ -3,6 +3,7 @@
 The README holds each table between two marks, and `publish` writes what stands between them.
 """
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from studies.language_model.embedded import embedding_table
 Results = Mapping[str, Any]
 MARK, END = "<!-- table: {} -->", "<!-- end of table -->"
 PLOT = "results.png"
+BUDGETS = "budgets.json"
+"""What `moefold reroute` measured on the exported model, see the README."""
 
 
 def tables(results: Results) -> dict[str, str]:
@@ -26,6 +29,34 @@ def tables(results: Results) -> dict[str, str]:
         "rerouted": _rerouted(results),
         "embedded": table(*embedding_table(results)),
     }
+
+
+def budget_table(found: Results) -> str:
+    """The rows of `moefold reroute`, the untouched model first."""
+    whole = found["rows"][0]["flops_per_token"]
+    rows = []
+    for row in found["rows"]:
+        untouched = row is found["rows"][0]
+        ratio = row["perplexity_ratio"]
+        change = {end: math.log(ratio[end]) for end in _ENDS} if ratio else None
+        rows.append(
+            (
+                "untouched" if untouched else f"{row['budget']:g}",
+                f"{row['experts_per_token']:.2f}",
+                f"{100 * row['flops_per_token'] / whole:.1f} %",
+                f"{row['perplexity']['mean']:.1f}",
+                "" if untouched or change is None else relative(change),
+                f"{row['quality']['mean']:.1f}",
+                "" if untouched else _interval(row["quality_change"]),
+            )
+        )
+    heads = ("budget", "experts per token", "FLOPs", "perplexity", "change", "STS-B dev", "change")
+    return table(heads, rows)
+
+
+def _interval(change: Mapping[str, float]) -> str:
+    mean, low, high = (f"{change[end]:+.1f}" for end in _ENDS)
+    return f"{mean} ({low} to {high})".replace("-", "\N{MINUS SIGN}")
 
 
 def _data(results: Results) -> str:
@@ -170,9 +201,11 @@ def write_tables(results: Results, path: Path) -> str:
 def publish(results: Results, folder: Path) -> None:
     """Writes the tables into a folder's README and the plot beside it."""
     readme = folder / "README.md"
-    readme.write_text(
-        with_tables(readme.read_text(encoding="utf-8"), tables(results)), encoding="utf-8"
-    )
+    text = with_tables(readme.read_text(encoding="utf-8"), tables(results))
+    if (folder / BUDGETS).is_file():
+        swept = json.loads((folder / BUDGETS).read_text(encoding="utf-8"))
+        text = with_tables(text, {"budgets": budget_table(swept)})
+    readme.write_text(text, encoding="utf-8")
     write_plot(results, folder / PLOT)
 
 

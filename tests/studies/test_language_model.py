@@ -468,6 +468,33 @@ def test_the_readme_says_what_the_results_say():
     assert report.with_tables(readme, report.tables(read_json(RESULTS))) == readme
 
 
+def test_the_readme_says_what_the_budgets_say():
+    readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
+    made = report.budget_table(read_json(RESULTS.parent / report.BUDGETS))
+    assert report.with_tables(readme, {"budgets": made}) == readme
+
+
+def test_budgets_are_shown_against_the_untouched_model():
+    def row(budget: float | None, flops: float, mean: float, ratio: float) -> dict:
+        about = {"mean": ratio, "low": ratio - 0.1, "high": ratio + 0.1}
+        return {
+            "budget": budget,
+            "experts_per_token": 2.0,
+            "flops_per_token": flops,
+            "perplexity": {"mean": mean},
+            "perplexity_ratio": about,
+            "quality": {"mean": 20.0},
+            "quality_change": {"mean": -1.0, "low": -2.0, "high": 0.5},
+        }
+
+    made = report.budget_table({"rows": [row(None, 200.0, 50.0, 1.0), row(1.5, 150.0, 60.0, 1.2)]})
+    assert made.splitlines()[2:] == [
+        "| untouched | 2.00 | 100.0 % | 50.0 |  | 20.0 |  |",
+        "| 1.5 | 2.00 | 75.0 % | 60.0 | +20.0 % (+10.0 to +30.0) | 20.0 "
+        "| \N{MINUS SIGN}1.0 (\N{MINUS SIGN}2.0 to +0.5) |",
+    ]
+
+
 @needs_data
 @pytest.mark.slow
 def test_a_whole_study_goes_on_where_it_stopped(source: Path, tmp_path: Path):
