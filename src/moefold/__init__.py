@@ -19,7 +19,7 @@ from moefold.moe import MoE, MoEConfig, name_sites, set_loss_scale
 from moefold.record import Record, record_routing
 
 if TYPE_CHECKING:
-    from moefold import testing
+    from moefold import preference, testing
     from moefold.inspect.leakage import leakage
     from moefold.rerouting import calibrate, load, reroute, save
     from moefold.surgery import (
@@ -78,8 +78,8 @@ _LATER = {
 def __getattr__(name: str) -> Any:
     if name in _LATER:
         return getattr(import_module(_LATER[name]), name)
-    if name == "testing":
-        return import_module("moefold.testing")
+    if name in ("preference", "testing"):
+        return import_module(f"moefold.{name}")
     raise AttributeError(f"module 'moefold' has no attribute {name!r}")
 
 
@@ -114,6 +114,7 @@ __all__ = [
     "metrics",
     "name_sites",
     "plan",
+    "preference",
     "record_routing",
     "reroute",
     "revert",
