@@ -226,17 +226,23 @@ def with_tables(text: str, made: Mapping[str, str]) -> str:
 
 
 def write_plot(results: Results, path: Path) -> None:
-    """Perplexity by router and rule, and of the rerouted models over what they compute."""
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    """Perplexity by router and rule, and of the rerouted models."""
+    figure = Figure(figsize=(13, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    _plot_judged(left, results["judged"])
-    _plot_rerouted(right, results["rerouted"])
+    judged = {f"{arm}: {r}": f for arm, rs in results["judged"].items() for r, f in rs.items()}
+    rerouted = {
+        f"{rule} ({found['flops_per_token'] / 1e6:.2f})": found
+        for rule, found in results["rerouted"].items()
+    }
+    _plot_rows(left, judged, "Trained with: chooses by (red, hollow: sees later tokens)")
+    _plot_rows(right, rerouted, "Token choice rerouted without training (MFLOP per token)")
+    right.set_xscale("symlog", linthresh=10)
+    right.set_xticks(ticks := (0, 5, 10, 20, 50), [str(tick) for tick in ticks])
     figure.savefig(path, dpi=130, metadata={"Software": None})
 
 
-def _plot_judged(axes: Any, judged: Results) -> None:
-    rows = [(f"{arm}: {rule}", found) for arm, rs in judged.items() for rule, found in rs.items()]
-    for place, (_, found) in enumerate(rows):
+def _plot_rows(axes: Any, rows: Results, title: str) -> None:
+    for place, found in enumerate(rows.values()):
         mean, low, high = (100 * math.expm1(found["difference"][e]) for e in _ENDS)
         clean = found["leakage"]["clean"]
         axes.errorbar(
@@ -248,28 +254,11 @@ def _plot_judged(axes: Any, judged: Results) -> None:
             mfc="tab:blue" if clean else "white",
             capsize=3,
         )
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), list(rows), fontsize=8)
     axes.invert_yaxis()
     axes.axvline(0, color="0.7", lw=0.8)
     axes.set_xlabel("held-out perplexity against token choice, %")
-    axes.set_title("Trained with: chooses by (red, hollow: sees later tokens)", fontsize=9)
-
-
-def _plot_rerouted(axes: Any, rerouted: Results) -> None:
-    for name, found in rerouted.items():
-        clean = found["leakage"]["clean"]
-        at = found["flops_per_token"] / 1e6, math.exp(found["loss"]["mean"])
-        axes.plot(
-            *at,
-            marker="o",
-            color="tab:blue" if clean else "tab:red",
-            mfc="tab:blue" if clean else "white",
-        )
-        axes.annotate(name, at, fontsize=6, xytext=(4, 3), textcoords="offset points")
-    axes.set_yscale("log")
-    axes.set_xlabel("MFLOP per token")
-    axes.set_ylabel("held-out perplexity")
-    axes.set_title("Token choice rerouted without training", fontsize=9)
+    axes.set_title(title, fontsize=9)
 
 
 _ENDS = ("mean", "low", "high")

@@ -117,7 +117,7 @@ QUICK = Settings(
     tasks=("STSBenchmark",),
     slow_tasks=(),
 )
-"""A look at every part, in about a minute; its numbers mean nothing."""
+"""A look at every part, in some minutes; its numbers mean nothing."""
 
 
 def competing(settings: Settings, arm: str, rule: str, **changes: Any) -> RouterConfig:
