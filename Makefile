@@ -8,7 +8,7 @@
 
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-compile lint bench clean
+.PHONY: help demo test test-fast test-compile test-backgammon lint bench clean
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -16,6 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --progress-bar off
 WORKERS ?= 2
 DEMO_FLAGS ?=
+BACKGAMMON := applications/backgammon
 
 # One thread per worker: two workers on two cores then do not fight over them.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
@@ -35,16 +36,20 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -c constraints.txt -e '.[demo]'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
+$(VENV)/.dev: pyproject.toml constraints.txt $(BACKGAMMON)/pyproject.toml | $(BIN)/python
 	@echo "Installing moefold for development into $(VENV) ..."
-	$(PIP) -c constraints.txt -e '.[dev]'
+	$(PIP) -c constraints.txt -e '.[dev]' -e '$(BACKGAMMON)[dev]'
 	@touch $(VENV)/.demo $@
 
 demo: $(VENV)/.demo
 	$(BIN)/moefold demo $(DEMO_FLAGS)
 
 # The default tier comes last, so that its closing line is the last thing to be read.
-test: lint test-compile test-fast
+test: lint test-compile test-backgammon test-fast
+
+# An application has its own settings; its tests that need gnubg say so where it is not installed.
+test-backgammon: $(VENV)/.dev
+	cd $(BACKGAMMON) && OMP_NUM_THREADS=1 $(abspath $(BIN))/python -m pytest -q
 
 test-fast: $(VENV)/.dev
 	$(PYTEST) -n $(WORKERS) $(TYPED) -m "$(DEFAULT_TIER)"

@@ -133,7 +133,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--data", type=Path, help="folder of the texts")
     parser.add_argument("--output", type=Path, help="folder of everything that is written")
-    parser.add_argument("--quick", action="store_true", help="a look at every part, in some minutes")
+    parser.add_argument("--quick", action="store_true", help="a look at every part")
     parser.add_argument("--processes", type=int, default=2, help="of one thread each")
     parser.add_argument(
         "--publish", action="store_true", help="put the results beside this file, README included"

@@ -129,6 +129,7 @@ def test_verbs_are_frozen(capsys):
             "list",
             "save",
             "plan",
+            "prefer",
             "reroute",
             "revert",
             "upcycle",

@@ -22,6 +22,7 @@ VERBS = {
     "list": ("moefold.cli.listing:main", "routers, backends, hosts, births, losses, one line each"),
     "save": ("moefold.cli.save:main", "make a trainer's checkpoint of a mixture a saved folder"),
     "plan": ("moefold.cli.plan:main", "what surgery would do to a model; nothing is touched"),
+    "prefer": ("moefold.cli.prefer:main", "learn to choose as an expert does, from its choices"),
     "reroute": ("moefold.cli.reroute:main", "put another router into a pretrained mixture"),
     "revert": ("moefold.cli.revert:main", "turn a saved mixture back into a dense model"),
     "upcycle": ("moefold.cli.upcycle:main", "turn a dense model into a mixture and save it"),

@@ -83,6 +83,9 @@ class NetConfig:
             )
         return net(features, context, **self.settings)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.name, dict(self.settings))
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         return {
