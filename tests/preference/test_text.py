@@ -161,15 +161,16 @@ def test_an_encoder_that_learns_too(encoder, tmp_path):
 
 
 def test_only_an_encoder_that_is_trained_is_in_training_mode(encoder):
-    def modes(trained: bool) -> tuple[bool, bool]:
+    def modes(trained: bool) -> tuple[bool, bool, bool]:
         scorer = EncoderScorer(encoder, nn.Linear(16, 1, bias=False), trained=trained)
         scorer.train()
         loss = scorer(["good sea", "bad sea"]).sum()
         loss.backward()
-        return scorer.encoder.training, next(encoder.parameters()).grad is not None
+        first = next(encoder.parameters())
+        return scorer.encoder.training, first.requires_grad, first.grad is not None
 
-    assert modes(trained=False) == (False, False)
-    assert modes(trained=True) == (True, True)
+    assert modes(trained=False) == (False, False, False)
+    assert modes(trained=True) == (True, True, True)
 
 
 def test_bad_input_is_explained(encoder):

@@ -286,12 +286,18 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         fit(model_of(groups), groups, config, folder=tmp_path, resume=True)
 
 
+def _seed_all() -> None:
+    random.seed(3)
+    np.random.seed(3)  # noqa: NPY002 - the global one is meant
+    torch.manual_seed(3)
+
+
 def test_random_numbers_of_the_caller_are_left_alone():
     groups = chosen_by_rule(6)
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002 - the global one
+    _seed_all()
     wanted = random.random(), np.random.rand(), float(torch.rand(()))  # noqa: NPY002
     model = model_of(groups)
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)  # noqa: NPY002
+    _seed_all()
     fit(model, groups, FitConfig(epochs=1))
     assert wanted == (random.random(), np.random.rand(), float(torch.rand(())))  # noqa: NPY002
 
