@@ -148,7 +148,12 @@ def text_files() -> list[Path]:
     folders = (".ci", ".github", "applications", "benchmarks", "docs", "recipes", "src", "studies")
     candidates = [*ROOT.glob("*"), *(p for f in (*folders, "tests") for p in (ROOT / f).rglob("*"))]
     kinds = {"", ".cfg", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml"}
-    return [path for path in candidates if path.is_file() and path.suffix in kinds]
+    made = {".ruff_cache", ".pytest_cache", ".venv"}
+    return [
+        path
+        for path in candidates
+        if path.is_file() and path.suffix in kinds and not made & set(path.parts)
+    ]
 
 
 def test_no_file_names_a_package_registry():
