@@ -35,6 +35,16 @@ def test_the_temperature_is_where_the_likelihood_is_greatest():
     assert fit_temperature(z, w) == pytest.approx(wanted, rel=1e-6)
 
 
+def test_pairs_without_weight_say_nothing():
+    z = drawn(300, 2.0)
+    weight = torch.ones(400)
+    weight[300:] = 0
+    found = fit_temperature(torch.cat([z, torch.full((100,), torch.inf)]), weight)
+    assert found == pytest.approx(fit_temperature(z), rel=1e-9)
+    with pytest.raises(ValueError, match="there are no pairs to calibrate by"):
+        fit_temperature(z, torch.zeros(300))
+
+
 def test_what_cannot_be_calibrated():
     with pytest.raises(ValueError, match="there are no pairs to calibrate by"):
         fit_temperature(torch.zeros(0))

@@ -9,6 +9,7 @@ from torch import nn
 
 from moefold.preference import (
     AntisymmetricComparator,
+    ConsistentComparator,
     FreeComparator,
     Groups,
     agreement,
@@ -76,6 +77,35 @@ def test_a_tournament_of_a_consistent_comparator_is_won_by_its_best(method):
         assert found.beaten_winners == 0.0
 
 
+def test_of_equal_candidates_the_first_wins_a_tournament_too():
+    # In another batch the last digit of a score may differ: each must be scored once.
+    for seed in range(100):
+        draw = torch.Generator().manual_seed(seed)
+        few = (torch.rand(12, 7, generator=draw) < 0.2).float()
+        groups = Groups.of([few[torch.randint(0, 12, (3 + seed % 22,), generator=draw)]])
+        net = comparator(7, hidden=16, seed=seed).float()
+        found = tournament(net, groups)
+        assert found.cyclic_triples == 0.0
+        assert torch.equal(found.best, best_of(net, groups))
+
+
+class Broken(nn.Module):
+    """Scores, or log-odds, of which one is NaN."""
+
+    def forward(self, a, b=None):
+        return torch.where(a[:, 0] == 1, torch.nan, a[:, 0])
+
+
+@pytest.mark.parametrize("by", [best_of, ranking, tournament])
+def test_nothing_is_chosen_by_nan(by):
+    groups = Groups.of([[[0.0], [2.0]], [[0.0], [1.0]]])
+    words = r"^group 1 has {} that are NaN: nothing can be chosen; look for NaN in the candidates"
+    with pytest.raises(ValueError, match=words.format("scores")):
+        by(ConsistentComparator(Broken()), groups)
+    with pytest.raises(ValueError, match=words.format("log-odds")):
+        by(FreeComparator(Broken()), groups)
+
+
 def test_a_circle_is_reported():
     found = tournament(FreeComparator(Table(CIRCLE)), numbered(4))
     # Of the four triples the one without candidate 3 goes in a circle.
@@ -124,6 +154,8 @@ def test_probabilities_are_cooled_by_the_temperature():
     plain = probability(net, groups, pairs)
     warm = probability(net, groups, pairs, temperature=4.0)
     assert torch.allclose(warm.logit() * 4, plain.logit(), atol=1e-12)
+    with pytest.raises(ValueError, match=r"temperature is 0\.0; it must be positive"):
+        probability(net, groups, pairs, temperature=0.0)
 
 
 def test_agreement_shares_a_hit_among_equals():
@@ -148,6 +180,8 @@ def test_the_antisymmetry_error_is_that_of_the_table():
     torch.manual_seed(0)
     exact = antisymmetry_error(AntisymmetricComparator(PairMLP(5)).double(), random_groups())
     assert exact == {"largest": 0.0, "contradictions": 0.0}
+    with pytest.raises(ValueError, match="none of 0 groups has two candidates that could be swap"):
+        antisymmetry_error(FreeComparator(PairMLP(1)), numbered(2).take([]))
 
 
 def test_categories_are_apart_the_largest_first():
@@ -164,6 +198,11 @@ def test_what_was_seen_before_in_any_order_is_known_again():
     known = Groups.of([[[1.0], [2.0]], [[3.0], [4.0], [5.0]]])
     asked = Groups.of([[[2.0], [1.0]], [[3.0], [4.0]], [[5.0], [4.0], [3.0]]])
     assert seen_before(asked, known).tolist() == [True, False, True]
+    short = [
+        Groups(candidates=torch.as_tensor(g.candidates).bfloat16(), lengths=g.lengths)
+        for g in (asked, known)
+    ]
+    assert seen_before(*short).tolist() == [True, False, True]
     told: Any = Groups.of([["a", "b"]], context=["c"])
     others = Groups.of([["b", "a"], ["a", "b"]], context=["c", "d"])
     assert seen_before(others, told).tolist() == [True, False]

@@ -77,9 +77,34 @@ def test_the_best_by_utility_may_be_several():
         (TWO, {"chosen": [0, 0], "weights": [1, -2]}, r"group 1 has weight -2\.0; it must be zero"),
         ([[[0.0], [NAN]], TWO[1]], {"chosen": [0, 0]}, "group 0 has features that are NaN"),
         (TWO, {"chosen": [0, 0], "context": [[0.0], [NAN]]}, "group 1 has context that are NaN"),
-        ([TWO[0], [[1.0, 2.0]] * 2], {}, r"groups differ in their features: \(1,\), \(2,\)"),
+        (
+            [TWO[0], [[1.0, 2.0]] * 2],
+            {},
+            r"group 1 has features of shape \(2,\) and group 0 of shape \(1,\); all must",
+        ),
         ([["a", 1.0]], {}, "group 0 mixes texts with something else"),
-        ([["a", "b"], TWO[0]], {}, "some groups are texts and others arrays"),
+        (
+            [["a", "b"], TWO[0]],
+            {},
+            r"group 1 has features of shape \(1,\) and group 0 that are texts",
+        ),
+        (["ab", TWO[0]], {}, "group 0 is one text, 'ab'; it must be a list of texts"),
+        (TWO, {"rankings": [[[], 0], [0]]}, "group 0 has no candidate at place 0; leave empty"),
+        (TWO, {"rankings": [[0.5], [0]]}, r"group 0 ranks 0\.5; it must be the number of a cand"),
+        (TWO, {"rankings": ["a", [0]]}, "group 0 ranks 'a'; it must be the number"),
+        (TWO, {"utilities": ["ab", [0, 0, 0]]}, "group 0 has utilities that are no numbers"),
+        (TWO, {"chosen": [0, 0], "weights": [None, 1]}, "group 0 has weight None; it must be zero"),
+        (
+            TWO,
+            {"context": [[1.0], [1.0, 2.0]]},
+            r"group 1 has context of shape \(2,\) and group 0 of shape \(1,\)",
+        ),
+        (
+            TWO,
+            {"context": ["a", [1.0]]},
+            r"group 1 has context of shape \(1,\) and group 0 that are texts",
+        ),
+        (TWO, {"context": [object(), [1.0]]}, "group 0 has a context that is no array and no text"),
         (TWO, {"forced": "skip"}, "forced is 'skip'; allowed: 'error', 'drop'"),
     ],
 )
@@ -94,6 +119,9 @@ def test_all_faults_are_named_at_once():
     many = [TWO[0]] * 9
     with pytest.raises(ValueError, match=r"group 4 chooses candidate 2 of 2.*and 4 more faults"):
         Groups.of(many, chosen=[2] * 9)
+    both = r"group 0 chooses candidate 9 of 2.*group 1 has weight -1.*group 0 has features that are"
+    with pytest.raises(ValueError, match=both):  # whatever they are of
+        Groups.of([[[0.0], [NAN]], TWO[1]], chosen=[9, 0], weights=[1, -1])
     wrong: Any = Groups(
         candidates=torch.zeros(18, 1), lengths=torch.full((9,), 2), chosen=torch.full((9,), 2)
     )
@@ -130,6 +158,28 @@ def test_taking_groups_and_putting_them_back():
     assert torch.equal(back.candidates, groups.candidates)
     assert torch.equal(back.chosen, groups.chosen)
     assert Groups(**back.as_inputs()).split == groups.split
+
+
+def test_groups_are_taken_by_number_or_mask():
+    groups = random_groups(4)
+    taken = groups.take(torch.tensor([False, True, False, True]))
+    assert torch.equal(taken.candidates, groups.take([1, 3]).candidates)
+    assert len(groups.take([])) == 0
+    with pytest.raises(ValueError, match="the mask has 2 entries for 4 groups"):
+        groups.take([False, True])
+
+
+def test_ranks_need_a_first():
+    def ranked(*ranks: int) -> Groups:
+        candidates = torch.zeros(len(ranks), 1)
+        lengths = torch.tensor([len(ranks)])
+        return Groups(candidates=candidates, lengths=lengths, ranks=torch.tensor(ranks))
+
+    assert ranked(1, 0).check().best.tolist() == [False, True]
+    with pytest.raises(ValueError, match="group 0 has no candidate of rank 0, which is the best"):
+        ranked(1, 2).check()
+    with pytest.raises(ValueError, match="group 0 has ranks below -1, which is no rank"):
+        ranked(-5, 0).check()
 
 
 def test_parts_with_and_without_a_choice_are_not_put_together():
@@ -178,6 +228,22 @@ def test_equal_candidates_become_one_and_the_chosen_stays():
     texts, told = made_one(Groups.of([["a", "b", "a"], ["c", "d"]], chosen=[2, 0]))
     assert (texts.candidates, texts.chosen.tolist()) == (["b", "a", "c", "d"], [1, 0])
     assert told.duplicates == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool, torch.int8, torch.float64])
+def test_candidates_of_any_type_are_found_equal(dtype):
+    rows = torch.tensor([[1, 0], [1, 0], [0, 1]]).to(dtype)
+    found, told = made_one(Groups.of([rows], chosen=[1]))
+    assert told.duplicates == 1
+    assert torch.equal(found.candidates, rows[1:])
+    assert found.chosen.tolist() == [0]
+
+
+def test_no_groups_and_no_features_are_made_one_too():
+    none, told = made_one(random_groups(2).take([]))
+    assert (len(none), told.duplicates, told.forced) == (0, 0, 0)
+    alike, told = made_one(Groups(candidates=torch.zeros(3, 0), lengths=torch.tensor([3])))
+    assert (len(alike), told.duplicates, told.forced) == (0, 2, 1)
 
 
 def test_of_equal_candidates_the_best_stays():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.optimize import minimize
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from moefold.preference import (
@@ -194,6 +194,31 @@ def test_centring_settles_the_constant_and_nothing_else():
     assert torch.allclose(found - plain, 0.1 * means.square().mean(), atol=1e-13)
     found.backward()
     assert float(net.scorer.bias.grad) == pytest.approx(0.2 * float(means.detach().mean()))
+
+
+def test_centring_evaluates_the_net_once():
+    # Under dropout a second evaluation would be of another net.
+    groups = random_groups(9)
+    net: Any = ConsistentComparator(nn.Sequential(nn.Dropout(0.5), nn.Linear(5, 1))).double()
+    torch.manual_seed(0)
+    plain = preference_loss(net, groups)
+    torch.manual_seed(0)
+    found = preference_loss(net, groups, centring=0.1)
+    torch.manual_seed(0)
+    scores = net.scores(groups.candidates)
+    means = torch.stack([s.mean() for (s,) in one_by_one(groups, scores)])
+    assert torch.allclose(found - plain, 0.1 * means.square().mean(), atol=1e-13)
+
+
+def test_groups_that_weigh_nothing_teach_nothing():
+    groups = random_groups(3, weights=torch.zeros(3))
+    for name in ("pair-logistic", "listwise", "plackett-luce"):
+        net = comparator()
+        loss = preference_loss(net, groups, name)
+        loss.backward()
+        assert float(loss.detach()) == 0
+        assert not any(p.grad is not None and p.grad.any() for p in net.parameters())
+    assert float(preference_loss(comparator(), groups.take([])).detach()) == 0
 
 
 def test_a_linear_scorer_finds_the_utility_of_maximum_likelihood():

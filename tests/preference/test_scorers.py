@@ -1,6 +1,7 @@
 """Built-in nets: the mixture against a loop over its experts, and configs as data."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,6 +90,16 @@ def test_the_balance_loss_rides_in_training_only():
     assert torch.allclose(quiet.scorer.router.weight.grad, gradients[0], atol=1e-13)
 
 
+def test_the_balance_loss_counts_once_with_centring():
+    groups = random_groups(20, context=torch.randn(20, 2).double())
+    gradients = []
+    for centring in (0.0, 1e-12):
+        net: Any = ConsistentComparator(mixture(balance=10.0))
+        preference_loss(net, groups, centring=centring).backward()
+        gradients.append(net.scorer.router.weight.grad)
+    assert torch.allclose(*gradients, atol=1e-9)
+
+
 def test_a_mixture_learns_phases():
     # The sign of the context says which of two opposite utilities counts.
     torch.manual_seed(0)
@@ -145,6 +156,39 @@ def test_refusals(config, message):
         config.build(5)
 
 
+INPUTS = {
+    "float64, as NumPy makes them": torch.float64,
+    "bool": torch.bool,
+    "int8": torch.int8,
+    "bfloat16": torch.bfloat16,
+}
+
+
+@pytest.mark.parametrize("dtype", INPUTS.values(), ids=list(INPUTS))
+@pytest.mark.parametrize("context", [0, 2])
+def test_candidates_may_be_of_any_type(dtype, context):
+    for name in [*scorers.names(), *pair_nets.names()]:
+        torch.manual_seed(0)
+        net = NetConfig(name).build(3, context)
+        rows = [torch.tensor([[0, 1, 1], [1, 0, 1]]), torch.tensor([[1, 1, 0], [0, 0, 1]])]
+        rows = rows[: 1 if name in scorers.names() else 2]
+        with_it = [torch.tensor([[1, 0], [1, 1]])] if context else []
+        found = net(*(part.to(dtype) for part in rows + with_it))
+        assert found.dtype == torch.float32
+        assert torch.equal(found, net(*(part.float() for part in rows + with_it)))
+
+
+def test_a_net_says_what_it_was_built_for():
+    words = r"the net takes 7 numbers, features and context together, and was given 5 \+ {}; give"
+    for name in [*scorers.names(), "mixture by context"]:
+        settings = {"over": "context"} if name == "mixture by context" else {}
+        net = NetConfig(name.split()[0], settings).build(5, 2)
+        with pytest.raises(ValueError, match=words.format(0)):
+            net(torch.zeros(4, 5))
+        with pytest.raises(ValueError, match=words.format(3)):
+            net(torch.zeros(4, 5), torch.zeros(4, 3))
+
+
 def separable(count: int = 100) -> Any:
     groups = random_groups(count, features=3, most=5)
     utility = groups.candidates @ torch.tensor([1.0, -1.0, 0.5]).double()
@@ -163,6 +207,9 @@ def test_the_perceptron_by_hand():
     groups: Any = Groups.of([[[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]], chosen=[0])
     net: Any = averaged_perceptron(groups, passes=2)
     assert net.scorer.out.weight.tolist() == [[1.0, 0.0]]
+    # Of half the weight, half the step.
+    light: Any = averaged_perceptron(replace(groups, weights=torch.tensor([0.5])), passes=1)
+    assert light.scorer.out.weight.tolist() == [[0.5, 0.0]]
     with pytest.raises(ValueError, match="passes is 0; it must be 1 or more"):
         averaged_perceptron(groups, passes=0)
     with pytest.raises(ValueError, match="candidates of numbers without context"):

@@ -295,8 +295,8 @@ def test_a_router_sees_no_later_token_or_is_refused(variant):
         first, second = (
             _logits(model.train(training), tokens) for tokens in (ids, changed(ids, after=6))
         )
-        # Not one bit: nothing that an earlier token is computed from has changed.
-        assert torch.equal(first[:, :6], second[:, :6])
+        # But for the order of sums, of which an expert given more or fewer tokens may take another.
+        assert (first - second)[:, :6].abs().max() < TOLERANCE["sdpa"]
         assert (first - second)[:, 6:].abs().max() > 1e-2
 
 
@@ -327,7 +327,8 @@ def test_a_decoder_is_refused_what_its_encoder_may_have():
             model(input_ids=ids, attention_mask=mask, decoder_input_ids=tokens).logits
             for tokens in (decoded, changed(decoded, after=6))
         )
-    assert torch.equal(first[:, :6], second[:, :6])
+    # Its norms and attention are in float32.
+    assert (first - second)[:, :6].abs().max() < TOLERANCE["eager"]
     assert (first - second)[:, 6:].abs().max() > 1e-2
 
 

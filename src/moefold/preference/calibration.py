@@ -22,7 +22,7 @@ def fit_temperature(
 
     Args:
         log_odds: of known pairs, the better candidate first.
-        weight: what each pair counts.
+        weight: what each pair counts; those of none are as if they were not there.
 
     Raises:
         ValueError: there are no pairs, or all are in the right order, so that no finite temperature
@@ -30,6 +30,7 @@ def fit_temperature(
     """
     z = log_odds.detach().double()
     w = torch.ones_like(z) if weight is None else weight.double()
+    z, w = z[w > 0], w[w > 0]
     if not len(z):
         raise ValueError("there are no pairs to calibrate by; give held-out groups with a choice")
     if bool((z >= 0).all()) or bool((z <= 0).all()):

@@ -7,6 +7,7 @@ result depends on the order where there are circles; a tournament says so in its
 Shapes: `groups`, `candidates`.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import final
 
@@ -22,7 +23,7 @@ from moefold.preference.comparators import (
 )
 from moefold.preference.groups import Groups
 from moefold.preference.pairs import Pairs, every_two
-from moefold.preference.ragged import highest, select, total
+from moefold.preference.ragged import fault_list, highest, select, total
 
 METHODS = ("copeland", "borda", "king-of-the-hill")
 
@@ -36,7 +37,7 @@ class Tournament:
         best: the winner of each group, counted inside it; the first of equals.
         points: of each candidate: pairs won (a draw is half), or for Borda the sum of its
             probabilities; for king-of-the-hill 1 for the last king.
-        comparisons: how many pairs were evaluated.
+        comparisons: how many pairs met, in both orders if the comparator is not antisymmetric.
         cyclic_triples: share of triples of a group's candidates that go in a circle, over all
             groups; NaN where not all pairs were compared.
         beaten_winners: share of groups whose winner loses to some other candidate.
@@ -54,6 +55,9 @@ def best_of(comparator: AbstractComparator, groups: Groups) -> Int[Tensor, " gro
     """The best candidate of each group, counted inside it; the first of equals.
 
     By scores if the comparator is consistent, else by a Copeland tournament.
+
+    Raises:
+        ValueError: scores or log-odds are NaN; names the groups.
     """
     if isinstance(comparator, ConsistentComparator):
         return first_best(group_scores(comparator, groups), groups)
@@ -62,9 +66,14 @@ def best_of(comparator: AbstractComparator, groups: Groups) -> Int[Tensor, " gro
 
 @torch.no_grad()
 def ranking(comparator: AbstractComparator, groups: Groups) -> Int[Tensor, " candidates"]:
-    """The place of every candidate in its group, 0 for the best, the first of equals before."""
+    """The place of every candidate in its group, 0 for the best, the first of equals before.
+
+    Raises:
+        ValueError: scores or log-odds are NaN; names the groups.
+    """
     if isinstance(comparator, ConsistentComparator):
         values = group_scores(comparator, groups)
+        _refuse_nan(values, groups.group_of_candidate, groups, "scores")
     else:
         values = tournament(comparator, groups).points
     by_value = values.argsort(descending=True, stable=True)
@@ -90,7 +99,7 @@ def tournament(
             comparisons instead of n (n - 1) / 2.
 
     Raises:
-        ValueError: no such method.
+        ValueError: no such method, or log-odds are NaN; names the groups.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed: {', '.join(METHODS)}")
@@ -99,7 +108,7 @@ def tournament(
     one, other = every_two(groups)
     half = one < other
     one, other = one[half], other[half]
-    z = _met(comparator, groups, one, other)
+    z = _meeting(comparator, groups)(one, other)
     won = z.sigmoid() if method == "borda" else ((z > 0).to(z) + (z >= 0).to(z)) / 2
     count = len(groups.candidates)
     points = total(torch.cat([won, 1 - won]), torch.cat([one, other]), count)
@@ -117,8 +126,13 @@ def tournament(
 
 
 def first_best(values: Float[Tensor, " candidates"], groups: Groups) -> Int[Tensor, " groups"]:
-    """The largest value of each group, counted inside it, the first of equals."""
+    """The largest value of each group, counted inside it, the first of equals.
+
+    Raises:
+        ValueError: values are NaN, of which none is the largest; names the groups.
+    """
     group = groups.group_of_candidate
+    _refuse_nan(values, group, groups, "scores")
     top = highest(values, group, len(groups))
     number = torch.arange(len(values), device=values.device)
     number = number.where(values == top[group], len(values))
@@ -126,11 +140,36 @@ def first_best(values: Float[Tensor, " candidates"], groups: Groups) -> Int[Tens
     return first.scatter_reduce(0, group, number, "amin") - groups.starts
 
 
-def _met(comparator: AbstractComparator, groups: Groups, one: Tensor, other: Tensor) -> Tensor:
-    a, b = select(groups.candidates, one), select(groups.candidates, other)
-    context = groups.context_rows(one)
-    z = comparator(a, b, context)
-    return z if comparator.antisymmetric else (z - comparator(b, a, context)) / 2
+def _meeting(
+    comparator: AbstractComparator, groups: Groups
+) -> Callable[[Tensor, Tensor], Float[Tensor, " pairs"]]:
+    """What gives the log-odds of numbered candidates against others, in both orders."""
+    if isinstance(comparator, ConsistentComparator):
+        # Each is scored once: in another batch its last digit may differ, and of candidates that
+        # are equal another one would win.
+        scores = group_scores(comparator, groups)
+        _refuse_nan(scores, groups.group_of_candidate, groups, "scores")
+        return lambda one, other: scores[one] - scores[other]
+
+    def met(one: Tensor, other: Tensor) -> Tensor:
+        a, b = select(groups.candidates, one), select(groups.candidates, other)
+        context = groups.context_rows(one)
+        z = comparator(a, b, context)
+        if not comparator.antisymmetric:
+            z = (z - comparator(b, a, context)) / 2
+        _refuse_nan(z, groups.group_of_candidate[one], groups, "log-odds")
+        return z
+
+    return met
+
+
+def _refuse_nan(values: Tensor, group: Tensor, groups: Groups, what: str) -> None:
+    broken = total(values.isnan().float(), group, len(groups)) > 0
+    if faults := fault_list(broken, f"group {{}} has {what} that are NaN"):
+        raise ValueError(
+            f"{'; '.join(faults)}: nothing can be chosen; look for NaN in the candidates "
+            f"(Groups.check) and in the weights (a learning rate that is too high)"
+        )
 
 
 def _cyclic_share(z: Tensor, one: Tensor, other: Tensor, groups: Groups) -> float:
@@ -144,12 +183,12 @@ def _cyclic_share(z: Tensor, one: Tensor, other: Tensor, groups: Groups) -> floa
 
 
 def _king_of_the_hill(comparator: AbstractComparator, groups: Groups) -> Tournament:
-    king = groups.starts.clone()
+    king, met = groups.starts.clone(), _meeting(comparator, groups)
     compared = 0
     for step in range(1, int(groups.lengths.max()) if len(groups) else 0):
         open_to = (groups.lengths > step).nonzero().squeeze(1)
         challenger = groups.starts[open_to] + step
-        z = _met(comparator, groups, challenger, king[open_to])
+        z = met(challenger, king[open_to])
         king[open_to] = challenger.where(z > 0, king[open_to])
         compared += len(z) * (1 if comparator.antisymmetric else 2)
     points = torch.zeros(len(groups.candidates), device=king.device)
@@ -174,5 +213,10 @@ def probability(
         groups: the candidates.
         pairs: which are compared.
         temperature: what calibration found, see `fit_temperature`.
+
+    Raises:
+        ValueError: the temperature is not positive.
     """
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
     return (log_odds(comparator, groups, pairs) / temperature).sigmoid()

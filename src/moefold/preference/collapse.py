@@ -5,14 +5,17 @@ with itself.
 """
 
 from dataclasses import dataclass
+from typing import final
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from moefold.preference.groups import Groups
+from moefold.preference.ragged import rows_as_array
 
 
+@final
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Collapsed:
     """What was taken away.
@@ -37,7 +40,7 @@ def collapsed(groups: Groups) -> tuple[Groups, Collapsed]:
     content = torch.as_tensor(_numbered(groups.candidates))
     group = groups.group_of_candidate.cpu()
     worse = ~groups.best.cpu() if groups.is_labelled else torch.zeros(len(group), dtype=torch.bool)
-    key = group * (int(content.max()) + 1) + content
+    key = group * len(content) + content
     order = np.lexsort((worse.numpy(), key.numpy()))
     first = np.unique(key.numpy()[order], return_index=True)[1]
     kept = torch.zeros(len(key), dtype=torch.bool)
@@ -53,7 +56,8 @@ def _numbered(candidates: Tensor | list[str]) -> np.ndarray:
     if isinstance(candidates, list):
         place: dict[str, int] = {}
         return np.array([place.setdefault(text, len(place)) for text in candidates], np.int64)
-    rows = candidates.detach().cpu().flatten(1) if candidates.ndim > 1 else candidates.unsqueeze(1)
-    values = rows.numpy() + 0  # minus zero becomes zero, so that equal values have equal bytes
-    bytes_of = np.ascontiguousarray(values).view([("", f"V{values.itemsize * values.shape[1]}")])
+    values = rows_as_array(candidates)
+    if not values.size:  # none, or none with a feature by which they could differ
+        return np.zeros(len(values), np.int64)
+    bytes_of = values.view([("", f"V{values.itemsize * values.shape[1]}")])
     return np.unique(bytes_of.ravel(), return_inverse=True)[1].astype(np.int64)

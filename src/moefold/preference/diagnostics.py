@@ -14,7 +14,7 @@ from torch import Tensor
 from moefold.preference.comparators import AbstractComparator
 from moefold.preference.groups import Groups
 from moefold.preference.pairs import every_two
-from moefold.preference.ragged import highest, select, total
+from moefold.preference.ragged import highest, rows_as_array, select, total
 
 
 def agreement(values: Float[Tensor, " candidates"], groups: Groups) -> Float[Tensor, " groups"]:
@@ -55,7 +55,12 @@ def antisymmetry_error(comparator: AbstractComparator, groups: Groups) -> dict[s
     Returns:
         `largest` |z(a, b) + z(b, a)|, and `contradictions`, the share of pairs for which both
         orders prefer the same position.
+
+    Raises:
+        ValueError: no group has two candidates.
     """
+    if not bool((groups.lengths > 1).any()):
+        raise ValueError(f"none of {len(groups)} groups has two candidates that could be swapped")
     one, other = every_two(groups)
     half = one < other
     a, b = select(groups.candidates, one[half]), select(groups.candidates, other[half])
@@ -115,4 +120,4 @@ def _fingerprints(groups: Groups) -> Sequence[Any]:
 def _hashed(items: Tensor | list[str]) -> list[Any]:
     if isinstance(items, list):
         return items
-    return [row.tobytes() for row in (items.detach().cpu().reshape(len(items), -1).numpy() + 0)]
+    return [row.tobytes() for row in rows_as_array(items)]

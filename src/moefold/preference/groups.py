@@ -76,7 +76,7 @@ class Groups:
         rankings: Sequence[Any] | None = None,
         utilities: Sequence[Any] | None = None,
         context: Sequence[Any] | Tensor | None = None,
-        weights: Sequence[float] | None = None,
+        weights: Sequence[Any] | None = None,
         split: Sequence[object] | None = None,
         category: Sequence[object] | None = None,
         forced: str = "error",
@@ -110,14 +110,15 @@ class Groups:
                 category=category,
                 forced=forced,
             )
-        ).check()
+        )
 
     def check(self) -> "Groups":
         """Looks at every value, which the constructor does not.
 
         Raises:
-            ValueError: a group of fewer than two candidates, a choice that is not there, a value
-                that is no finite number, a negative weight; names the groups.
+            ValueError: a group of fewer than two candidates, a choice that is not there, ranks
+                without a first, a value that is no finite number, a negative weight; names the
+                groups.
         """
         words = "group {} has {} candidates; a choice needs two"
         faults = list(fault_list(self.lengths < 2, words, self.lengths))
@@ -129,6 +130,11 @@ class Groups:
                 self.chosen,
                 self.lengths,
             )
+        if self.ranks is not None:
+            broken = self._any(self.ranks < UNRANKED)
+            faults += fault_list(broken, f"group {{}} has ranks below {UNRANKED}, which is no rank")
+            headless = ~self._any(self.ranks == 0)
+            faults += fault_list(headless, "group {} has no candidate of rank 0, which is the best")
         for name, what in (("candidates", "features"), ("context", "context")):
             value = getattr(self, name)
             if isinstance(value, Tensor) and value.is_floating_point():
@@ -201,9 +207,23 @@ class Groups:
             return None
         return select(self.context, self.group_of_candidate[index])
 
-    def take(self, index: Int[Tensor, " taken"] | Sequence[int]) -> "Groups":
-        """These groups, in this order."""
-        index = torch.as_tensor(index, dtype=torch.long, device=self.lengths.device)
+    def take(
+        self, index: Int[Tensor, " taken"] | Bool[Tensor, " groups"] | Sequence[int]
+    ) -> "Groups":
+        """These groups, in this order.
+
+        Args:
+            index: their numbers, or a mask of all groups.
+
+        Raises:
+            ValueError: a mask of another length.
+        """
+        index = torch.as_tensor(index, device=self.lengths.device)
+        if index.dtype == torch.bool:
+            if len(index) != len(self):
+                raise ValueError(f"the mask has {len(index)} entries for {len(self)} groups")
+            index = index.nonzero().squeeze(1)
+        index = index.long()
         lengths = self.lengths[index]
         rows = ranges(self.starts[index], lengths)
         return type(self)(

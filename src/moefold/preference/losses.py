@@ -8,8 +8,9 @@ With z the log-odds that a pair's better candidate is preferred, s the scores of
     plackett-luce    -log of the probability of the ranking, place after place
     lambda-rank      softplus(-z) |change of NDCG if the two changed places|
 
-All are means over groups, by their weights. `centring` adds its coefficient times the mean of the
-groups' squared mean scores, which settles the constant that comparisons leave open.
+All are means over groups, by their weights (0 if all of these are 0). `centring` adds its
+coefficient times the mean of the groups' squared mean scores, which settles the constant that
+comparisons leave open.
 
 Source: Tesauro 1988; Burges et al. 2005 (RankNet, which is the first with a consistent comparator);
 Luce 1959; Plackett 1975; Burges 2010 (LambdaRank). Sharing a group's weight among its pairs keeps a
@@ -25,7 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
-from moefold.preference.comparators import AbstractComparator, group_scores, log_odds
+from moefold.preference.comparators import (
+    AbstractComparator,
+    ConsistentComparator,
+    KnownScorer,
+    group_scores,
+    log_odds,
+)
 from moefold.preference.groups import UNRANKED, Groups
 from moefold.preference.pairs import pairs_of
 from moefold.preference.ragged import log_sum_exp, total
@@ -65,12 +72,14 @@ def preference_loss(
             f"the loss {name!r} has no setting {', '.join(map(repr, strangers))}; it has "
             f"{', '.join(sorted(known)) or 'none'}"
         )
-    found = loss(comparator, groups, **settings)
-    if centring:
-        scores = group_scores(comparator, groups)
-        mean = total(scores, groups.group_of_candidate, len(groups)) / groups.lengths
-        found = found + centring * _mean(mean.square(), groups)
-    return found
+    if not centring:
+        return loss(comparator, groups, **settings)
+    # One evaluation for both: a second one would differ under dropout, and what rides on a
+    # scorer's output (the balance of a mixture) would count twice.
+    scores = group_scores(comparator, groups)
+    mean = total(scores, groups.group_of_candidate, len(groups)) / groups.lengths
+    found = loss(ConsistentComparator(KnownScorer(scores)), groups, **settings)
+    return found + centring * _mean(mean.square(), groups)
 
 
 @preference_losses.register("pair-logistic", summary="softplus of each pair's log-odds")
@@ -164,9 +173,11 @@ def lambda_rank(comparator: AbstractComparator, groups: Groups) -> Float[Tensor,
 
 
 def _weight(groups: Groups, like: Tensor) -> Tensor:
+    """What all groups weigh; 1 if nothing, for the sum over them is 0 then, and stays so."""
     if groups.weights is None:
-        return like.new_tensor(float(len(groups)))
-    return groups.weights.to(like).sum()
+        return like.new_tensor(float(max(1, len(groups))))
+    weight = groups.weights.to(like).sum()
+    return weight.where(weight > 0, 1.0)
 
 
 def _mean(values: Float[Tensor, " groups"], groups: Groups) -> Tensor:

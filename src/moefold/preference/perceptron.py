@@ -4,7 +4,8 @@ For each group in turn, with S the candidates that score at least what the chose
 
     w <- w + (1 / |S|) sum over i in S of (x_chosen - x_i)
 
-and the scorer is the mean of w over all steps, which forgets the accidents of the last ones.
+and the scorer is the mean of w over all steps, which forgets the accidents of the last ones. Where
+groups have weights, steps are as much longer.
 
 Source: Tseng, Chen, Wu and Wei, *Comparison Training for Computer Chinese Chess*, IEEE T-CIAIG;
 Collins, *Discriminative Training Methods for Hidden Markov Models*, 2002, for the average.
@@ -43,11 +44,12 @@ def averaged_perceptron(groups: Groups, *, passes: int = 1, seed: int = 0) -> Co
     x = groups.candidates.double().flatten(1)
     weight, summed = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
     best, starts, ends = groups.best, groups.starts.tolist(), groups.lengths.cumsum(0).tolist()
+    size = [1.0] * len(groups) if groups.weights is None else groups.weights.tolist()
     generator = torch.Generator().manual_seed(seed)
     for _ in range(passes):
         for n in torch.randperm(len(groups), generator=generator).tolist():
             own = slice(starts[n], ends[n])
-            weight = weight + _step(x[own], best[own], weight)
+            weight = weight + size[n] * _step(x[own], best[own], weight)
             summed += weight
     scorer = LinearScorer(x.shape[1])
     scorer.out.weight.copy_(summed / (passes * len(groups)))

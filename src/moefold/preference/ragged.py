@@ -6,6 +6,7 @@ Shapes: `items` of all groups; `groups`.
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -19,6 +20,14 @@ def select(items: Any, index: Int[Tensor, " taken"]) -> Any:
     if isinstance(items, Tensor):
         return items[index]
     return [items[i] for i in index.tolist()]
+
+
+def rows_as_array(items: Tensor) -> np.ndarray:
+    """A row of numbers for each item, in which equal values have equal bytes."""
+    rows = items.detach().cpu().reshape(len(items), items[:1].numel())
+    if rows.dtype == torch.bfloat16:  # which NumPy does not have; float32 holds all its values
+        rows = rows.float()
+    return np.ascontiguousarray(rows.numpy() + 0)  # minus zero becomes zero
 
 
 def ranges(

@@ -7,7 +7,8 @@
                                                             hidden units come in mirrored pairs
     pair-mlp   w . act(U [a ; b] + c) + d                   for a free comparator
 
-Outputs of scorers have no bias, which comparisons would leave without a gradient.
+Outputs of scorers have no bias, which comparisons would leave without a gradient. Inputs may be of
+any type, float64 of NumPy or bool of presence, and are brought to that of the weights.
 
 Shapes: `rows features` of candidates; `rows context` of contexts, put behind them.
 """
@@ -19,7 +20,7 @@ from types import MappingProxyType
 from typing import Any, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from moefold.losses import losses as known_losses
@@ -116,11 +117,11 @@ class LinearScorer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context"] | None = None,
+        x: Shaped[Tensor, "rows features"],
+        context: Shaped[Tensor, "rows context"] | None = None,
     ) -> Float[Tensor, "rows 1"]:
         """A number for each candidate."""
-        return self.out(_joined(x, context))
+        return self.out(_joined(x, context, like=self.out.weight))
 
 
 @scorers.register("mlp", summary="one hidden layer")
@@ -145,11 +146,11 @@ class MLPScorer(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context"] | None = None,
+        x: Shaped[Tensor, "rows features"],
+        context: Shaped[Tensor, "rows context"] | None = None,
     ) -> Float[Tensor, "rows 1"]:
         """A number for each candidate."""
-        return self.out(self.activation(self.hidden(_joined(x, context))))
+        return self.out(self.activation(self.hidden(_joined(x, context, like=self.hidden.weight))))
 
 
 @scorers.register("mixture", summary="a scorer for each phase, which the router finds")
@@ -199,7 +200,7 @@ class MixtureScorer(AbstractRouted):
                 f"what else is scored with it; use one that looks at the token, as token-choice"
             )
         super().__init__(built)
-        self.over, self.balance = over, balance
+        self.features, self.over, self.balance = features, over, balance
         inputs = features + context
         self.hidden = nn.Parameter(torch.empty(num_experts, hidden, inputs))
         self.bias = nn.Parameter(torch.empty(num_experts, hidden))
@@ -210,13 +211,14 @@ class MixtureScorer(AbstractRouted):
 
     def forward(
         self,
-        x: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context"] | None = None,
+        x: Shaped[Tensor, "rows features"],
+        context: Shaped[Tensor, "rows context"] | None = None,
     ) -> Float[Tensor, "rows 1"]:
         """A number for each candidate."""
-        by = x if self.over == "candidate" or context is None else context
+        inputs = _joined(x, context, like=self.hidden)
+        by = inputs[:, self.features :] if self.over == "context" else inputs[:, : self.features]
         routing = self.router(by.unsqueeze(0))
-        rows = routing.dispatch(_joined(x, context).unsqueeze(0))
+        rows = routing.dispatch(inputs.unsqueeze(0))
         made = self._experts(rows, routing.rows_per_expert)
         self.hand_over(routing)
         y = routing.combine(made).squeeze(0)
@@ -259,13 +261,13 @@ class MirrorNet(nn.Module):
 
     def forward(
         self,
-        a: Float[Tensor, "rows features"],
-        b: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context"] | None = None,
+        a: Shaped[Tensor, "rows features"],
+        b: Shaped[Tensor, "rows features"],
+        context: Shaped[Tensor, "rows context"] | None = None,
     ) -> Float[Tensor, "rows 1"]:
         """A number for each pair."""
-        both = torch.cat([a, b], 1)
-        return self.out(self.activation(self.hidden(_joined(both, context))))
+        inputs = _joined(torch.cat([a, b], 1), context, like=self.hidden.weight)
+        return self.out(self.activation(self.hidden(inputs)))
 
 
 @pair_nets.register("pair-mlp", summary="one hidden layer over both candidates, with a bias")
@@ -289,16 +291,25 @@ class PairMLP(nn.Module):
 
     def forward(
         self,
-        a: Float[Tensor, "rows features"],
-        b: Float[Tensor, "rows features"],
-        context: Float[Tensor, "rows context"] | None = None,
+        a: Shaped[Tensor, "rows features"],
+        b: Shaped[Tensor, "rows features"],
+        context: Shaped[Tensor, "rows context"] | None = None,
     ) -> Float[Tensor, "rows 1"]:
         """A number for each pair."""
         return self.net(a, b, context) + self.bias
 
 
-def _joined(x: Tensor, context: Tensor | None) -> Tensor:
-    return x if context is None else torch.cat([x, context], 1)
+def _joined(x: Tensor, context: Tensor | None, *, like: Tensor) -> Tensor:
+    """Candidates with their contexts behind them, of the type and width of these weights."""
+    of_context = 0 if context is None else context.shape[1]
+    if x.shape[1] + of_context != like.shape[-1]:
+        raise ValueError(
+            f"the net takes {like.shape[-1]} numbers, features and context together, and was given "
+            f"{x.shape[1]} + {of_context}; give what it was built for, context included"
+        )
+    if context is None:
+        return x.to(like.dtype)
+    return torch.cat([x.to(like.dtype), context.to(like.dtype)], 1)
 
 
 def _activation(name: str) -> nn.Module:

@@ -31,6 +31,13 @@ such a difference is rounded away: that it falls across the border of two float3
 happens to one number in about 1e8.
 """
 
+TOLERANCE_PADDED = 1e-5
+"""The same between batches of another shape.
+
+A softmax or norm that a host computes in float32 may then sum in another order, as the processor's
+vectors have it, and be off by some 1e-7. What leaks from padding changes tokens by far more.
+"""
+
 ROUTERS: dict[str, RouterConfig] = {
     "token": routers.config("token-choice", k=2, renormalize=True),
     "capacity": routers.config("token-choice", k=2, capacity_factor=0.75),

@@ -98,7 +98,7 @@ def test_a_later_word_of_the_answer_changes_no_earlier_one():
     changed["decoder_input_ids"][:, 3:] = 9
     with torch.no_grad():
         one, other = model(**inputs)[0], model(**changed)[0]
-    assert torch.equal(one[:, :3], other[:, :3])
+    assert (one[:, :3] - other[:, :3]).abs().max() < 1e-5  # an expert may sum in another order
     assert (one[:, 3:] - other[:, 3:]).abs().max() > 1e-3
 
 
