@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt16
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from studies.language_model.files import digest, write_json
+from studies.files import digest, write_json
 from studies.language_model.settings import Settings
 
 TRAIN, HELDOUT = "books_train_60.txt.xz", "books_heldout.txt.xz"

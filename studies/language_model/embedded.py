@@ -14,9 +14,10 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from moefold.routers.inference import GROUP
+from studies.files import read_json, write_json
+from studies.jobs import Job
 from studies.language_model.data import END, Data, prepare
-from studies.language_model.files import place, read_json, write_json
-from studies.language_model.jobs import Job
+from studies.language_model.files import place
 from studies.language_model.model import new_model
 from studies.language_model.rules import Rule, open_under
 from studies.language_model.settings import Settings, competing

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import moefold
+from studies.files import read_json, write_json
+from studies.jobs import Job, one_thread, work
 from studies.language_model.data import Data, prepare
 from studies.language_model.embedded import embedding_jobs, tokenizer
-from studies.language_model.files import place, read_json, verdict, write_json
-from studies.language_model.jobs import Job, one_thread, work
+from studies.language_model.files import place, verdict
 from studies.language_model.judging import judge
 from studies.language_model.model import open_trained
 from studies.language_model.report import publish, write_plot, write_tables

@@ -12,9 +12,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from studies.language_model.embedded import embedding_table
+from studies.tables import table, with_tables
 
 Results = Mapping[str, Any]
-MARK, END = "<!-- table: {} -->", "<!-- end of table -->"
 PLOT = "results.png"
 BUDGETS = "budgets.json"
 """What `moefold reroute` measured on the exported model, see the README."""
@@ -185,12 +185,6 @@ def _spread(values: Sequence[float], form: str) -> str:
     return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def write_tables(results: Results, path: Path) -> str:
     """Writes all tables into a file and returns its text."""
     text = "\n\n".join(f"### {name}\n\n{made}" for name, made in tables(results).items()) + "\n"
@@ -207,22 +201,6 @@ def publish(results: Results, folder: Path) -> None:
         text = with_tables(text, {"budgets": budget_table(swept)})
     readme.write_text(text, encoding="utf-8")
     write_plot(results, folder / PLOT)
-
-
-def with_tables(text: str, made: Mapping[str, str]) -> str:
-    """A text with these tables between its marks.
-
-    Raises:
-        ValueError: a table has no place in it.
-    """
-    for name, one in made.items():
-        mark = MARK.format(name)
-        before, found, rest = text.partition(mark)
-        old, ended, after = rest.partition(END)
-        if not found or not ended or MARK.partition("{")[0] in old:
-            raise ValueError(f"the README has no {mark} with {END} after it; put both there")
-        text = f"{before}{mark}\n\n{one}\n\n{END}{after}"
-    return text
 
 
 def write_plot(results: Results, path: Path) -> None:

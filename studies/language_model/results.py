@@ -4,9 +4,6 @@ Losses form a table, seeds by books, and both are drawn again. Differences are p
 and the same book under another rule. Shapes: `seeds books`.
 """
 
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
@@ -17,12 +14,14 @@ import numpy as np
 from jaxtyping import Float
 
 from moefold.evaluate.intervals import crossed_bootstrap
+from studies.files import read_json
 from studies.language_model.embedded import embedding_results
-from studies.language_model.files import place, read_json, verdict
+from studies.language_model.files import place, verdict
 from studies.language_model.model import parameters
 from studies.language_model.rules import OWN, rules, without_training
 from studies.language_model.settings import Settings
 from studies.language_model.training import RUN
+from studies.surroundings import surroundings
 
 SCHEMA = 1
 LEAKS = ("later", "others", "padding", "decoding")
@@ -45,9 +44,7 @@ def summarise(settings: Settings, output: Path) -> dict[str, Any]:
         "schema": SCHEMA,
         "settings": settings.to_dict(),
         "versions": {name: version(name) for name in _LIBRARIES},
-        "machine": _machine(),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--", "src")),
+        **surroundings(),
         "data": read_json(output / "data" / "data.json"),
         "parameters": parameters(settings),
         "trained": {
@@ -115,21 +112,3 @@ def loss_table(runs: Sequence[Mapping[str, Any]]) -> Float[np.ndarray, "seeds bo
     """Losses by seed and book, books in one order."""
     books = sorted(runs[0]["losses"])
     return np.array([[run["losses"][book] for book in books] for run in runs])
-
-
-def _machine() -> dict[str, Any]:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return {
-        "cpu": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-
-
-def _git(*arguments: str) -> str:
-    found = subprocess.run(
-        ["git", *arguments], capture_output=True, text=True, check=False, cwd=Path(__file__).parent
-    )
-    return found.stdout.strip()

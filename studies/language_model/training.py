@@ -29,8 +29,8 @@ from transformers.trainer_callback import TrainerCallback
 import moefold
 from moefold.record import Record
 from moefold.routing import SparseRouting
+from studies.files import write_json
 from studies.language_model.data import Data
-from studies.language_model.files import write_json
 from studies.language_model.model import new_model, save_trained
 from studies.language_model.settings import Settings, training_router
 

@@ -20,11 +20,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefold
 from moefold.evaluate.files import whole_file
+from studies.files import read_json, write_json
+from studies.jobs import Job, work
 from studies.language_model import report, training
 from studies.language_model.data import HELDOUT, TRAIN, Data, cut, prepare, read_books, spread
 from studies.language_model.embedded import embedding_table, tasks, tokenizer, training_texts
-from studies.language_model.files import place, read_json, write_json
-from studies.language_model.jobs import Job, work
+from studies.language_model.files import place
 from studies.language_model.judging import judge, leaks
 from studies.language_model.main import RESULTS, export, study
 from studies.language_model.model import new_model, open_trained
@@ -32,6 +33,7 @@ from studies.language_model.results import of_rule
 from studies.language_model.rules import open_under, rules, without_training
 from studies.language_model.settings import TRAINED, Settings, claim, training_router
 from studies.language_model.training import RUN, WEIGHTS, train
+from studies.tables import with_tables
 
 REAL = Path(os.environ.get("MOEFOLD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -455,23 +457,23 @@ def test_leaks_are_named_with_their_tokens():
 
 def test_tables_are_put_between_their_marks():
     text = "before\n<!-- table: a -->\nold\n<!-- end of table -->\nafter\n"
-    made = report.with_tables(text, {"a": "new"})
+    made = with_tables(text, {"a": "new"})
     assert made == "before\n<!-- table: a -->\n\nnew\n\n<!-- end of table -->\nafter\n"
-    assert report.with_tables(made, {"a": "new"}) == made
+    assert with_tables(made, {"a": "new"}) == made
     with pytest.raises(ValueError, match=r"README has no <!-- table: b -->"):
-        report.with_tables(text, {"b": "new"})
+        with_tables(text, {"b": "new"})
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the study has not been published yet")
 def test_the_readme_says_what_the_results_say():
     readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
-    assert report.with_tables(readme, report.tables(read_json(RESULTS))) == readme
+    assert with_tables(readme, report.tables(read_json(RESULTS))) == readme
 
 
 def test_the_readme_says_what_the_budgets_say():
     readme = (RESULTS.parent / "README.md").read_text(encoding="utf-8")
     made = report.budget_table(read_json(RESULTS.parent / report.BUDGETS))
-    assert report.with_tables(readme, {"budgets": made}) == readme
+    assert with_tables(readme, {"budgets": made}) == readme
 
 
 def test_budgets_are_shown_against_the_untouched_model():

@@ -1,0 +1,1 @@
+"""Comparison training against absolute training, at backgammon."""

@@ -1,0 +1,128 @@
+"""The steps of the study, in order, and the command line.
+
+games -> rates -> trained -> judged -> results.json -> tables and plots
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from studies.backgammon.data import prepare
+from studies.backgammon.judging import STRENGTH, VERDICT, judge, judge_strength
+from studies.backgammon.report import publish, write_plot, write_tables
+from studies.backgammon.results import summarise
+from studies.backgammon.settings import ARMS, QUICK, Run, Settings, claim
+from studies.backgammon.training import RUN, has_rate, place, rate_file, train, tune
+from studies.files import read_json, write_json
+from studies.jobs import Job, one_thread, work
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+PEOPLE = "backgammon_human_train.jsonl.xz"
+
+
+def study(settings: Settings, source: Path, output: Path, processes: int) -> dict[str, Any]:
+    """Does what is not done yet of a study, and writes what came of it.
+
+    Returns:
+        What `results.json` holds.
+
+    Raises:
+        ValueError: people's decisions are missing, or the folder holds another study.
+        RuntimeError: gnubg-nn is not installed.
+    """
+    people_file = source / PEOPLE
+    if not people_file.is_file():
+        raise ValueError(f"no {people_file}; --data is the folder that holds {PEOPLE}")
+    claim(output, settings)
+    prepare(settings, output, processes)
+    work(tuning_jobs(settings, output), processes)
+    runs = unique(settings)
+    work([_training(settings, output, run, people_file) for run in runs], processes)
+    work([_judging(settings, output, run, people_file) for run in runs], processes)
+    (strongest,) = settings.runs()["strongest"]
+    last = Job(
+        name=f"matches of {strongest.name}",
+        leaves=place(output, strongest) / STRENGTH,
+        call=judge_strength,
+        given=(settings, output, strongest),
+    )
+    work([last], processes)
+    results = summarise(settings, output)
+    write_json(output / "results.json", results)
+    return results
+
+
+def unique(settings: Settings) -> list[Run]:
+    """Every net once, those that take longest first."""
+    runs = {run.name: run for part in settings.runs().values() for run in part}
+    return sorted(runs.values(), key=lambda run: -run.games * run.passes * run.hidden)
+
+
+def tuning_jobs(settings: Settings, output: Path) -> list[Job]:
+    """A learning rate for each way to learn."""
+    return [
+        Job(
+            name=f"learning rate of {arm}",
+            leaves=rate_file(output, arm),
+            call=tune,
+            given=(settings, output, arm),
+        )
+        for arm in ARMS
+        if has_rate(arm)
+    ]
+
+
+def _training(settings: Settings, output: Path, run: Run, people_file: Path) -> Job:
+    return Job(
+        name=f"trained {run.name}",
+        leaves=place(output, run) / RUN,
+        call=train,
+        given=(settings, output, run, people_file),
+    )
+
+
+def _judging(settings: Settings, output: Path, run: Run, people_file: Path) -> Job:
+    return Job(
+        name=f"judged {run.name}",
+        leaves=place(output, run) / VERDICT,
+        call=judge,
+        given=(settings, output, run, people_file),
+    )
+
+
+def main() -> None:
+    """Run, print and write."""
+    parser = argparse.ArgumentParser(
+        description="Comparison training against absolute training, at backgammon.",
+        epilog="example: python studies/backgammon/run.py --data ../shared/data --output "
+        "runs/backgammon --quick",
+    )
+    parser.add_argument("--data", type=Path, help=f"folder of {PEOPLE}")
+    parser.add_argument("--output", type=Path, help="folder of everything that is written")
+    parser.add_argument("--quick", action="store_true", help="a look at every part")
+    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
+    parser.add_argument(
+        "--publish", action="store_true", help="put the results beside this file, README included"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="only make the README's tables from results.json"
+    )
+    options = parser.parse_args()
+    if options.report:
+        publish(read_json(RESULTS), HERE)
+        return
+    if options.data is None or options.output is None:
+        parser.error("--data and --output are needed")
+    one_thread()
+    settings = QUICK if options.quick else Settings()
+    try:
+        results = study(settings, options.data, options.output, options.processes)
+    except (ValueError, RuntimeError) as error:
+        parser.exit(2, f"{error}\n")
+    print(write_tables(results, options.output / "tables.md"))
+    write_plot(results, options.output / "results.png")
+    if options.publish:
+        shutil.copy(options.output / "results.json", RESULTS)
+        publish(results, HERE)

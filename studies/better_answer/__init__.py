@@ -1,0 +1,1 @@
+"""Picking the better answer: what vectors of a sentence encoder know of a judge's preferences."""
