@@ -41,7 +41,7 @@ def was_it_chosen(comparator: AbstractComparator, groups: Groups) -> Float[Tenso
 
 @preference_losses.register("soft-choice", summary="cross entropy with the softmax of utilities")
 def soft_choice(
-    comparator: AbstractComparator, groups: Groups, *, temperature: float = 0.03
+    comparator: AbstractComparator, groups: Groups, *, temperature: float = 0.05
 ) -> Float[Tensor, ""]:
     """Listwise, where plays that are nearly as good are nearly as right.
 

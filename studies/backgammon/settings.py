@@ -43,7 +43,7 @@ ARMS: Mapping[str, Arm] = {
     "soft": Arm(
         says="softmax of equities, cross entropy",
         loss="soft-choice",
-        loss_settings={"temperature": 0.03},
+        loss_settings={"temperature": 0.05},
         by_equity=True,
     ),
     "regression": Arm(

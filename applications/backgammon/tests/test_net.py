@@ -12,8 +12,8 @@ from moefold_backgammon.cli import main
 from moefold_backgammon.decisions import Decisions
 from moefold_backgammon.encoding import unary
 from moefold_backgammon.net import (
-    BoardScorer,
     groups_of,
+    inputs,
     load_net,
     new_model,
     player_of,
@@ -54,7 +54,7 @@ def told() -> Decisions:
 
 
 def test_the_net_sees_the_unary_inputs(told):
-    found = BoardScorer().inputs(torch.from_numpy(told.finals)).numpy()
+    found = inputs(torch.from_numpy(told.finals).flatten(1)).numpy()
     assert np.array_equal(found, unary(told.finals))
 
 

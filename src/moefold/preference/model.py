@@ -24,6 +24,7 @@ from moefold.preference.comparators import (
     AntisymmetricComparator,
     ConsistentComparator,
     FreeComparator,
+    KnownScorer,
     group_scores,
 )
 from moefold.preference.groups import Groups
@@ -188,7 +189,7 @@ class PreferenceModel(nn.Module):
         if isinstance(comparator, ConsistentComparator):
             found["scores"] = group_scores(comparator, groups)
             # Losses ask a comparator; this one has its answers ready, so that each is made once.
-            comparator = ConsistentComparator(_Known(found["scores"]))
+            comparator = ConsistentComparator(KnownScorer(found["scores"]))
         if groups.is_labelled:
             loss = preference_loss(comparator, groups, self.loss, **self.loss_settings)
             found["loss"] = loss
@@ -284,18 +285,6 @@ class Standardized(nn.Module):
         )
 
 
-@final
-class _Known(nn.Module):
-    """A scorer whose answer is known."""
-
-    def __init__(self, scores: Tensor) -> None:
-        super().__init__()
-        self.scores = scores
-
-    def forward(self, *_: Any) -> Tensor:
-        return self.scores
-
-
 def softmax(values: Float[Tensor, " candidates"], groups: Groups) -> Float[Tensor, " candidates"]:
     """The softmax of each group's values."""
     group, count = groups.group_of_candidate, len(groups)
@@ -316,7 +305,7 @@ def mean_loss(
             takes no evaluation.
     """
     if values is not None and isinstance(model.comparator, ConsistentComparator):
-        known = ConsistentComparator(_Known(values))
+        known = ConsistentComparator(KnownScorer(values))
         return float(preference_loss(known, groups, model.loss, **model.loss_settings))
     device = next(model.parameters(), torch.zeros(())).device
     loss, weight = 0.0, 0.0

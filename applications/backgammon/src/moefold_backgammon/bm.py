@@ -145,13 +145,25 @@ def write_bm(file: Path, benchmark: Benchmark) -> None:
     for key, dice, start, length in zip(
         before, benchmark.dice.tolist(), starts.tolist(), benchmark.lengths.tolist(), strict=True
     ):
-        others = (
-            f"{after[at]} {benchmark.losses[at]:.6f}" for at in range(start + 1, start + length)
-        )
-        lines.append(" ".join(["m", key, *map(str, dice), after[start], *others]) + "\n")
+        places = slice(start, start + length)
+        plays = zip(after[places], benchmark.losses[places].tolist(), strict=True)
+        lines.append(bm_line(key, dice, list(plays)))
     partial = file.with_name(f"{file.name}.{os.getpid()}.part")
     partial.write_text("".join(lines), encoding="ascii")
     partial.replace(file)
+
+
+def bm_line(key: str, dice: Sequence[int], plays: Sequence[tuple[str, float]]) -> str:
+    """A decision as a line of such a file, with its end.
+
+    Args:
+        key: of the position, the mover on roll.
+        dice: what was rolled.
+        plays: the key after each, the next player on roll, and what it loses; the best first.
+    """
+    (best, _), *others = plays
+    said = (f"{after} {loss:.6f}" for after, loss in others)
+    return " ".join(["m", key, *map(str, dice), best, *said]) + "\n"
 
 
 _Row = tuple[str, tuple[int, int], list[tuple[str, float]]]
@@ -202,4 +214,4 @@ def _decoded(keys: list[str], numbers: Sequence[int], file: Path) -> np.ndarray:
         raise
 
 
-__all__ = ["Benchmark", "read_bm", "write_bm"]
+__all__ = ["Benchmark", "bm_line", "read_bm", "write_bm"]

@@ -118,10 +118,13 @@ class Gnubg:
 
         Raises:
             GnubgDied: it does not listen; with what it printed.
+            RuntimeError: it has been closed.
         """
         self.stop()
-        port = _free_port()
         home = Path(self._folder.name)
+        if not home.is_dir():
+            raise RuntimeError("this gnubg has been closed; make another")
+        port = _free_port()
         commands = home / "commands"
         commands.write_text(
             "set jacoby off\n"
