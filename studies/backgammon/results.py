@@ -46,7 +46,7 @@ def summarise(settings: Settings, output: Path) -> dict[str, Any]:
                 ("methods", _BASE),
                 ("sizes", _BASE),
                 ("experts", "list"),
-                ("people", "pair"),
+                ("people", "list"),
             )
         },
         "strongest": {

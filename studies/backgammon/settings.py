@@ -34,12 +34,6 @@ ARMS: Mapping[str, Arm] = {
     "pair": Arm(says="chosen against each other play, logistic", loss="pair-logistic"),
     "pair-squared": Arm(says="the same, squared error (1988)", loss="pair-squared"),
     "list": Arm(says="chosen among all plays, softmax", loss="listwise"),
-    "pair-equity": Arm(
-        says="every two plays, by the difference of equity",
-        loss="pair-logistic",
-        loss_settings={"by_utility": True},
-        by_equity=True,
-    ),
     "soft": Arm(
         says="softmax of equities, cross entropy",
         loss="soft-choice",
@@ -78,7 +72,7 @@ ARMS: Mapping[str, Arm] = {
 }
 """Ways to learn by name; all but the last three have the same net."""
 
-METHODS = ("pair", "pair-squared", "list", "pair-equity", "soft", "regression", "pointwise")
+METHODS = ("pair", "pair-squared", "list", "soft", "regression", "pointwise")
 BY_SIZE = ("pair", "list", "regression")
 
 
@@ -120,24 +114,28 @@ class Settings:
         test: games to judge by.
         random_share: of plays in the games, drawn at random.
         pairs: of games against PubEval, the same dice for every net.
+        scorers: arms to compare, one net and those with experts.
         people: share of the matches that is held out, passes and hidden units.
         strongest: games, passes and hidden units of the net that is to be as strong as it can.
         strongest_arm: how that one learns.
+        strongest_rate: its learning rate, which for so many steps is not that of the small ones.
         last_pairs: of games of the strongest net, against PubEval and against gnubg's nets.
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
     hidden: int = 40
-    games: tuple[tuple[int, int], ...] = ((400, 16), (1200, 12), (4000, 8), (40000, 2))
+    games: tuple[tuple[int, int], ...] = ((400, 16), (1200, 12), (4000, 8), (40000, 1))
     methods: int = 4000
     tuning: tuple[int, int, int] = (500, 8, 100)
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2, 3e-2)
     test: int = 400
     random_share: float = 0.05
     pairs: int = 1500
+    scorers: tuple[str, ...] = ("list", "experts")
     people: tuple[float, int, int] = (0.1, 6, 120)
     strongest: tuple[int, int, int] = (40000, 6, 200)
     strongest_arm: str = "soft"
+    strongest_rate: float = 1e-2
     last_pairs: int = 5000
 
     @property
@@ -164,11 +162,10 @@ class Settings:
         passes = self.passes(self.methods)
         for arm in METHODS:
             add("methods", arm, self.methods, passes, self.hidden)
-        for arm in ("list", "experts", "list-before", "experts-before"):
+        for arm in self.scorers:
             add("experts", arm, self.methods, passes, self.hidden)
         add("experts", "list", self.methods, passes, 4 * self.hidden)
-        for arm in ("pair", "list"):
-            add("people", arm, 0, self.people[1], self.people[2])
+        add("people", "list", 0, self.people[1], self.people[2])
         for games, often in self.games:
             for arm in BY_SIZE:
                 add("sizes", arm, games, often, self.hidden)
@@ -186,6 +183,7 @@ class Settings:
 QUICK = Settings(
     seeds=(0, 1),
     hidden=8,
+    scorers=("list", "experts", "list-before", "experts-before"),
     games=((8, 1), (16, 1)),
     methods=16,
     tuning=(8, 1, 4),

@@ -63,7 +63,9 @@ def train(settings: Settings, output: Path, run: Run, people_file: Path) -> None
     folder.mkdir(parents=True, exist_ok=True)
     groups = _groups(settings, output, run, people_file)
     # Ways to learn that are not tuned by themselves are the list's, with another net.
-    rate = read_json(rate_file(output, run.arm if has_rate(run.arm) else "list"))["rate"]
+    tuned = rate_file(output, run.arm if has_rate(run.arm) else "list")
+    is_strongest = run in settings.runs()["strongest"]
+    rate = settings.strongest_rate if is_strongest else read_json(tuned)["rate"]
     model = model_of(arm, run.hidden, run.seed)
     config = FitConfig(epochs=run.passes, learning_rate=rate, seed=run.seed)
     began, cpu = time.perf_counter(), time.process_time()
