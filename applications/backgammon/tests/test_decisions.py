@@ -1,5 +1,7 @@
 """Decisions with their plays, and the files that hold them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -27,6 +29,19 @@ def decisions(lengths=(4, 2, 3), chosen=(2, 1, 0), first=0):
 
 def plays_of(some):
     return some.finals[:, 1, 0].tolist()
+
+
+def test_the_deepest_look_decides_where_depths_are_mixed():
+    some = decisions(lengths=(4, 2), chosen=(1, 0))
+    assert some.comparable is some.equities
+    # Of the first decision two plays were looked at deeply; a shallow 0.9 is no better than both.
+    mixed = replace(
+        some,
+        equities=np.array([0.9, 0.4, 0.3, -0.2, 0.1, 0.5], np.float32),
+        plies=np.array([0, 2, 2, 0, 0, 0], np.int8),
+    )
+    assert mixed.comparable.tolist() == pytest.approx([0.3, 0.4, 0.3, -0.2, 0.1, 0.5])
+    assert len(mixed.part(np.zeros(2, bool)).comparable) == 0
 
 
 def test_a_part_takes_its_plays_along():

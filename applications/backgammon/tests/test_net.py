@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from moefold.preference import FitConfig, agreement, fit
+from moefold.preference import FitConfig, PreferenceConfig, agreement, fit
 from moefold_backgammon.board import start
 from moefold_backgammon.cli import main
 from moefold_backgammon.decisions import Decisions
 from moefold_backgammon.encoding import unary
 from moefold_backgammon.net import (
+    BoardScorer,
     groups_of,
     inputs,
     load_net,
@@ -113,3 +114,25 @@ def test_what_is_wrong_is_said(words, message, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_experts_and_the_position_before_are_kept_in_the_folder(told, tmp_path):
+    groups: Any = groups_of(told, with_before=True)
+    model = new_model(6, seed=3, sees_before=True, num_experts=3, over="context", bias=True)
+    save_net(model, tmp_path / "net")
+    again = load_net(tmp_path / "net")
+    assert torch.equal(again.values(groups), model.values(groups))
+    with pytest.raises(ValueError, match="is shown the position before the play, and this player"):
+        player_of(again)
+    with pytest.raises(ValueError, match="'board' has no setting 'depth'; it has hidden, num_exp"):
+        new_model(6, depth=2)
+    with pytest.raises(ValueError, match="boards of 49 numbers and contexts of 0: a board has 50"):
+        BoardScorer(49)
+
+
+def test_a_folder_of_another_model_is_no_net(tmp_path):
+    save_net(PreferenceConfig(features=50).build(), tmp_path / "other")
+    with pytest.raises(ValueError, match="holds a model that scores no boards; give a folder that"):
+        load_net(tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no net of this package"):
+        load_net(tmp_path)

@@ -283,7 +283,8 @@ def _parquet(file: Path, at_once: int) -> Iterator[tuple[list[tuple[int, Any]], 
         from pyarrow import parquet
     except ImportError as error:
         raise ValueError(
-            f"{file} is read with pyarrow, which is not installed; run `pip install pyarrow`"
+            f"{file} is read with pyarrow, which is not installed; run "
+            f"`pip install 'moefold[prefer]'` or `pip install pyarrow`"
         ) from error
     try:
         with parquet.ParquetFile(file) as opened:

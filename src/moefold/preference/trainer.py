@@ -401,7 +401,7 @@ def _check(model: nn.Module, train: Groups, held_out: Groups | None) -> None:
     if missing:
         raise ValueError(
             f"training needs {' and '.join(missing)}, not installed here; run "
-            f"`pip install 'moefold[text]'` or `pip install {' '.join(missing)}`"
+            f"`pip install 'moefold[prefer]'` or `pip install {' '.join(missing)}`"
         )
     for name, groups in (("train", train), ("held_out", held_out)):
         if groups is not None and not len(groups):

@@ -70,6 +70,21 @@ class Decisions:
         """Where the plays of each decision begin."""
         return (np.cumsum(self.lengths) - self.lengths).astype(np.int32)
 
+    @property
+    def comparable(self) -> Float32[np.ndarray, " m"]:
+        """Equities as far as they can be compared: those of the deepest look at each decision.
+
+        A play that was not looked at so deeply was left out as worse: it is worth no more than the
+        worst of those that were.
+        """
+        if not len(self) or self.plies.min() == self.plies.max():
+            return self.equities
+        owner = np.repeat(np.arange(len(self)), self.lengths)
+        deepest = self.plies == np.maximum.reduceat(self.plies, self.starts)[owner]
+        known = np.where(deepest, self.equities, np.inf).astype(np.float32)
+        worst = np.minimum.reduceat(known, self.starts)[owner]
+        return np.where(deepest, self.equities, np.minimum(self.equities, worst))
+
     def part(self, kept: np.ndarray) -> Self:
         """The decisions at these places, or where a mask holds, with their plays.
 

@@ -17,10 +17,9 @@ Shapes: `n 2 25` men by decision, side and point, [opponent, mover].
 """
 
 import json
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -33,6 +32,7 @@ from moefold_backgammon.board import start
 from moefold_backgammon.decisions import Decisions
 from moefold_backgammon.dice import game_dice
 from moefold_backgammon.position_id import decode_keys
+from moefold_backgammon.processes import workers
 
 LABELS = "labels.json"
 """The file that says how the labels of a folder were made."""
@@ -280,8 +280,7 @@ def _each(
     if processes == 1 or len(shards) < 2:
         yield from ((shard, _make_shard(folder, config, shard)) for shard in shards)
         return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(processes, len(shards)), mp_context=context) as pool:
+    with workers(min(processes, len(shards))) as pool:
         running = {pool.submit(_make_shard, folder, config, shard): shard for shard in shards}
         for done in as_completed(running):
             yield running[done], done.result()

@@ -153,7 +153,7 @@ def groups_of(
         candidates=_rows(decisions.finals),
         lengths=torch.from_numpy(decisions.lengths.astype(np.int64)),
         chosen=None if by_equity else torch.from_numpy(decisions.chosen.astype(np.int64)),
-        utilities=torch.from_numpy(decisions.equities),
+        utilities=torch.from_numpy(decisions.comparable),
         context=_rows(decisions.before) if with_before else None,
         split=[str(game) for game in decisions.game.tolist()],
         category=[CATEGORIES[kind] for kind in kinds.tolist()],

@@ -17,13 +17,9 @@ Shapes: none.
 
 import fcntl
 import json
-import multiprocessing
 import os
 import shutil
-import signal
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -35,6 +31,7 @@ import numpy as np
 from moefold_backgammon.bm import Benchmark, bm_line, read_bm
 from moefold_backgammon.gnubg_nn_expert import LabelConfig, import_gnubg_nn, play_game, rank
 from moefold_backgammon.position_id import encode_keys
+from moefold_backgammon.processes import workers
 
 SEED = 1988
 """Of the games of a benchmark, if nothing else is said; labels have the seed 0."""
@@ -151,30 +148,8 @@ def _lines(config: BenchmarkConfig, done: int, processes: int) -> Iterator[str]:
     if processes == 1 or len(missing) < 2:
         yield from map(make, missing)
         return
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(
-        min(processes, len(missing)), mp_context=context, initializer=_follow
-    )
-    try:
+    with workers(min(processes, len(missing))) as pool:
         yield from pool.map(make, missing)
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _follow() -> None:
-    """Makes a working process leave Ctrl-C to the one that started it, and end if that is killed.
-
-    Otherwise it would wait for work for ever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    first = multiprocessing.parent_process()
-    assert first is not None
-
-    def end() -> None:
-        first.join()
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
 
 
 def _head(config: BenchmarkConfig) -> str:
