@@ -2,7 +2,8 @@
 
     moefold_preference.json    how the model is built, and the sha256 of every other file
     model.safetensors          its weights
-    encoder/                   of a model of texts: the encoder, as sentence-transformers writes it
+    encoder/                   of a model of texts: what reads them, as sentence-transformers or
+                               transformers writes it
 
 The folder is written beside its place and then takes it, so that a process that dies leaves the old
 one or the new one. Loading checks all hashes before it builds anything.
@@ -21,6 +22,11 @@ from typing import Any
 from torch import nn
 
 from moefold.preference.comparators import AbstractComparator, ConsistentComparator
+from moefold.preference.cross_encoder import (
+    CrossEncoderScorer,
+    open_cross_encoder,
+    write_cross_encoder,
+)
 from moefold.preference.model import PreferenceConfig, PreferenceModel
 from moefold.preference.text import EncoderScorer, open_encoder, write_encoder
 
@@ -55,7 +61,7 @@ def save(model: PreferenceModel, folder: str | Path) -> None:
         new.mkdir()
         encoder = _encoder_of(model)
         if encoder is not None:
-            write_encoder(encoder, new / ENCODER)
+            _write_encoder(encoder, new / ENCODER)
         weights = {
             name: value.detach().cpu().contiguous().clone()
             for name, value in model.state_dict().items()
@@ -67,7 +73,7 @@ def save(model: PreferenceModel, folder: str | Path) -> None:
             "schema": SCHEMA,
             "moefold": version("moefold"),
             "model": None if config is None else config.to_dict(),
-            "encoder": None if encoder is None else {"trained": encoder.trained},
+            "encoder": None if encoder is None else _told_of(encoder),
             "loss": model.loss,
             "loss_settings": model.loss_settings,
             "temperature": model.temperature,
@@ -151,15 +157,31 @@ def refuse_foreign_folder(folder: Path) -> None:
 _IN_ENCODER = "comparator.scorer.encoder."
 
 
-def _encoder_of(model: PreferenceModel) -> EncoderScorer | None:
+def _encoder_of(model: PreferenceModel) -> EncoderScorer | CrossEncoderScorer | None:
     scorer = getattr(model.comparator, "scorer", None)
-    return scorer if isinstance(scorer, EncoderScorer) else None
+    return scorer if isinstance(scorer, EncoderScorer | CrossEncoderScorer) else None
+
+
+def _write_encoder(scorer: EncoderScorer | CrossEncoderScorer, folder: Path) -> None:
+    if isinstance(scorer, CrossEncoderScorer):
+        write_cross_encoder(scorer, folder)
+    else:
+        write_encoder(scorer, folder)
+
+
+def _told_of(scorer: EncoderScorer | CrossEncoderScorer) -> dict[str, Any]:
+    if isinstance(scorer, CrossEncoderScorer):
+        return {"kind": "cross-encoder"}
+    return {"kind": "sentence-encoder", "trained": scorer.trained}
 
 
 def _built(
     folder: Path, manifest: Mapping[str, Any], scorer: nn.Module | None, encoder: Any
 ) -> PreferenceModel:
     """The model with weights that are yet to be loaded."""
+    told = {"loss": manifest["loss"], "loss_settings": manifest["loss_settings"]}
+    if (manifest["encoder"] or {}).get("kind") == "cross-encoder":
+        return PreferenceModel(ConsistentComparator(open_cross_encoder(folder / ENCODER)), **told)
     if manifest["model"] is None:
         if scorer is None:
             raise ValueError(
@@ -167,7 +189,6 @@ def _built(
                 f"to load the weights into: load(folder, scorer=...)"
             )
         own = scorer if isinstance(scorer, AbstractComparator) else ConsistentComparator(scorer)
-        told = {"loss": manifest["loss"], "loss_settings": manifest["loss_settings"]}
         return PreferenceModel(own, **told)
     if scorer is not None:
         raise ValueError(
