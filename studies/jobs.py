@@ -3,10 +3,12 @@
 A piece whose file is there is not done again, so that a study that was stopped goes on.
 """
 
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +47,7 @@ def work(jobs: Sequence[Job], processes: int) -> None:
     if not left:
         return
     context = get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context, initializer=one_thread) as pool:
+    with ProcessPoolExecutor(processes, mp_context=context, initializer=_begin) as pool:
         running = {pool.submit(job.call, *job.given): job for job in left}
         try:
             for future in as_completed(running):
@@ -64,3 +66,19 @@ def one_thread() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+
+
+def _begin() -> None:
+    """One thread for the work, and one that ends the process if the one that began it is killed.
+
+    Two studies that write to one folder would otherwise be at work after a second begin.
+    """
+    one_thread()
+    first = parent_process()
+    assert first is not None
+
+    def end() -> None:
+        first.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
