@@ -36,7 +36,7 @@ ARMS: Mapping[str, Arm] = {
     "list": Arm(says="chosen among all plays, softmax", loss="listwise"),
     "soft": Arm(
         says="softmax of equities, cross entropy",
-        loss="soft-choice",
+        loss="listnet",
         loss_settings={"temperature": 0.05},
         by_equity=True,
     ),

@@ -8,6 +8,7 @@ from moefold_backgammon.data import groups_of_choices
 from moefold_backgammon.net import groups_of, new_model, save_net
 
 from moefold.preference import FitConfig, Groups, PreferenceModel, fit, measure
+from moefold.preference.trainer import steps_of
 from studies.backgammon import absolute
 from studies.backgammon.data import decisions_of, games_of, held_out, people
 from studies.backgammon.settings import ARMS, Arm, Run, Settings
@@ -69,8 +70,13 @@ def train(settings: Settings, output: Path, run: Run, people_file: Path) -> None
     model = model_of(arm, run.hidden, run.seed)
     config = FitConfig(epochs=run.passes, learning_rate=rate, seed=run.seed)
     began, cpu = time.perf_counter(), time.process_time()
-    history = fit(model, groups, config, folder=folder / "checkpoints", resume=True)
+    steps: list[int] = []
+    history = fit(
+        model, groups, config, folder=folder / "checkpoints", resume=True, advance=steps.append
+    )
     save_net(model, folder / WEIGHTS)
+    # Of a run that went on somewhere, the time of the steps before is that of those after.
+    of_all = steps_of(len(groups), config) / max(1, len(steps))
     told: dict[str, Any] = {
         "arm": run.arm,
         "games": run.games,
@@ -81,8 +87,8 @@ def train(settings: Settings, output: Path, run: Run, people_file: Path) -> None
         "decisions": len(groups),
         "plays": len(groups.candidates),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "seconds": time.perf_counter() - began,
-        "cpu_seconds": time.process_time() - cpu,
+        "seconds": of_all * (time.perf_counter() - began),
+        "cpu_seconds": of_all * (time.process_time() - cpu),
         "loss": history.loss[-1],
     }
     write_json(folder / RUN, told)

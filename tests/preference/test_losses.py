@@ -20,6 +20,8 @@ from moefold.preference import (
 from moefold.preference.scorers import LinearScorer
 from tests.preference.common import comparator, one_by_one, random_groups
 
+OWN = "moefold.preference.losses"  # studies may have registered more
+
 
 def labelled(kind: str, count: int = 12, **parts: Any) -> Any:
     groups = random_groups(count, **parts)
@@ -79,6 +81,9 @@ def looped(name: str, scores: Tensor, groups: Any, **settings: Any) -> Tensor:
             parts.append(each.mean() if settings.get("per_group", True) else each.sum())
         elif name == "listwise":
             parts.append(-s.softmax(0)[best].sum().log())
+        elif name == "listnet":
+            wanted = groups.utilities.split(groups.lengths.tolist())[n] / settings["temperature"]
+            parts.append(functional.cross_entropy(s, wanted.softmax(0)))
         elif name == "plackett-luce":
             parts.append(_luce(s, places(groups, n)))
         else:
@@ -129,6 +134,7 @@ CASES = [
     ("pair-logistic", "utilities", {"by_utility": True}),
     ("pair-squared", "ranks", {"per_group": False}),
     ("lambda-rank", "utilities", {}),
+    ("listnet", "utilities", {"temperature": 0.7}),
 ]  # fmt: skip
 
 
@@ -149,7 +155,18 @@ def test_a_loss_is_its_definition_group_by_group(name, kind, settings, weighted)
 
 
 def test_every_loss_is_compared_with_its_definition():
-    assert {name for name, _, _ in CASES} == set(preference_losses.names())
+    own = [n for n in preference_losses.names() if preference_losses.get(n).__module__ == OWN]
+    assert {name for name, _, _ in CASES} == set(own)
+
+
+def test_listnet_is_listwise_when_it_is_cold():
+    groups = random_groups(6)
+    draw = torch.Generator().manual_seed(1)
+    utility = torch.rand(len(groups.candidates), generator=draw, dtype=torch.float64)
+    told = Groups(candidates=groups.candidates, lengths=groups.lengths, utilities=utility)
+    net = comparator()
+    cold = preference_loss(net, told, "listnet", temperature=1e-5)
+    assert torch.allclose(cold, preference_loss(net, told, "listwise"), atol=1e-12)
 
 
 @pytest.mark.parametrize("name", ["pair-logistic", "pair-squared", "listwise", "plackett-luce"])
@@ -268,6 +285,10 @@ def test_refusals():
         preference_loss(net, groups, "lambda-rank")
     with pytest.raises(ValueError, match="no utilities to weigh pairs by"):
         preference_loss(net, groups, by_utility=True)
+    with pytest.raises(ValueError, match="'listnet' needs utilities of all candidates"):
+        preference_loss(net, groups, "listnet")
+    with pytest.raises(ValueError, match="temperature is 0; it must be positive"):
+        preference_loss(net, labelled("utilities"), "listnet", temperature=0)
     bare = Groups(candidates=groups.candidates, lengths=groups.lengths)
     for name in ("pair-logistic", "listwise", "plackett-luce"):
         with pytest.raises(ValueError, match="say nothing of which candidates are better"):

@@ -118,20 +118,6 @@ def test_the_pointwise_loss_asks_of_each_play_whether_it_was_chosen():
     assert torch.allclose(preference_loss(net, groups, "was-it-chosen"), torch.stack(each).mean())
 
 
-def test_the_soft_choice_is_a_cross_entropy_and_becomes_the_list_when_it_is_cold():
-    net, groups = example()
-    each = []
-    for s, u in zip(
-        split(net.scores(groups.candidates), groups), split(groups.utilities, groups), strict=True
-    ):
-        each.append(-((u / 0.2).softmax(0) * s.log_softmax(0)).sum())
-    found = preference_loss(net, groups, "soft-choice", temperature=0.2)
-    assert torch.allclose(found, torch.stack(each).mean())
-    cold = preference_loss(net, groups, "soft-choice", temperature=1e-3)
-    by_utility = replace(groups, chosen=None)
-    assert torch.allclose(cold, preference_loss(net, by_utility, "listwise"), atol=1e-12)
-
-
 # -- data ------------------------------------------------------------------------------------------
 
 

@@ -208,12 +208,17 @@ class Groups:
         return select(self.context, self.group_of_candidate[index])
 
     def take(
-        self, index: Int[Tensor, " taken"] | Bool[Tensor, " groups"] | Sequence[int]
+        self,
+        index: Int[Tensor, " taken"] | Bool[Tensor, " groups"] | Sequence[int],
+        *,
+        starts: Int[Tensor, " groups"] | None = None,
     ) -> "Groups":
         """These groups, in this order.
 
         Args:
             index: their numbers, or a mask of all groups.
+            starts: `starts`, where it is there already: to find it takes a look at every group,
+                which is much for a few of many.
 
         Raises:
             ValueError: a mask of another length.
@@ -225,7 +230,7 @@ class Groups:
             index = index.nonzero().squeeze(1)
         index = index.long()
         lengths = self.lengths[index]
-        rows = ranges(self.starts[index], lengths)
+        rows = ranges((self.starts if starts is None else starts)[index], lengths)
         return type(self)(
             lengths=lengths,
             **{name: _selected(getattr(self, name), rows) for name in _OF_CANDIDATES},

@@ -5,6 +5,7 @@ With z the log-odds that a pair's better candidate is preferred, s the scores of
     pair-logistic    softplus(margin - z), pairs of a group sharing its weight     the default
     pair-squared     (1 - sigmoid(z))^2                                            as in 1988
     listwise         -log sum over the best of softmax(s)                          choice models
+    listnet          cross entropy of softmax(s) with softmax(utility / temperature)
     plackett-luce    -log of the probability of the ranking, place after place
     lambda-rank      softplus(-z) |change of NDCG if the two changed places|
 
@@ -13,8 +14,9 @@ coefficient times the mean of the groups' squared mean scores, which settles the
 comparisons leave open.
 
 Source: Tesauro 1988; Burges et al. 2005 (RankNet, which is the first with a consistent comparator);
-Luce 1959; Plackett 1975; Burges 2010 (LambdaRank). Sharing a group's weight among its pairs keeps a
-decision among hundreds of candidates from outweighing many small ones.
+Luce 1959; Plackett 1975; Cao et al. 2007 (ListNet); Burges 2010 (LambdaRank). Sharing a group's
+weight among its pairs keeps a decision among hundreds of candidates from outweighing many small
+ones.
 """
 
 import inspect
@@ -117,6 +119,33 @@ def listwise(comparator: AbstractComparator, groups: Groups) -> Float[Tensor, ""
     group, best = groups.group_of_candidate, groups.best
     chosen = log_sum_exp(scores[best], group[best], len(groups))
     return _mean(log_sum_exp(scores, group, len(groups)) - chosen, groups)
+
+
+@preference_losses.register("listnet", summary="softmax of the scores against that of utilities")
+def listnet(
+    comparator: AbstractComparator, groups: Groups, *, temperature: float = 1.0
+) -> Float[Tensor, ""]:
+    """Cross entropy with a soft choice, in which what is nearly as good is nearly as right.
+
+    Args:
+        comparator: what is trained.
+        groups: with utilities.
+        temperature: difference of utility by which a candidate is e times less right; near 0 it is
+            `listwise`.
+
+    Raises:
+        ValueError: there are no utilities, or the temperature is not positive.
+    """
+    if groups.utilities is None:
+        raise ValueError("'listnet' needs utilities of all candidates; the groups have none")
+    if not temperature > 0:
+        raise ValueError(f"temperature is {temperature}; it must be positive")
+    scores = group_scores(comparator, groups)
+    group, count = groups.group_of_candidate, len(groups)
+    wanted = groups.utilities.to(scores) / temperature
+    wanted = (wanted - log_sum_exp(wanted, group, count)[group]).exp()
+    given = scores - log_sum_exp(scores, group, count)[group]
+    return _mean(-total(wanted * given, group, count), groups)
 
 
 @preference_losses.register("plackett-luce", summary="probability of the whole ranking")

@@ -320,10 +320,11 @@ def mean_loss(
 
 def in_parts(groups: Groups) -> Iterator[Groups]:
     """Groups after groups, of about `AT_ONCE` candidates together."""
-    place = (groups.lengths.cumsum(0) - 1) // AT_ONCE
-    first = 0
+    ends = groups.lengths.cumsum(0)
+    starts, place, first = ends - groups.lengths, (ends - 1) // AT_ONCE, 0
     for size in place.unique_consecutive(return_counts=True)[1].tolist():
-        yield groups.take(torch.arange(first, first + size, device=groups.lengths.device))
+        index = torch.arange(first, first + size, device=groups.lengths.device)
+        yield groups.take(index, starts=starts)
         first += size
 
 

@@ -198,7 +198,7 @@ class _Run(Dataset[Mapping[str, Any]]):
             groups = groups.take((groups.weights > 0).nonzero().squeeze(1))
             assert groups.weights is not None
             groups = replace(groups, weights=groups.weights / groups.weights.mean())
-        self.groups = groups
+        self.groups, self.starts = groups, groups.starts
         draw = torch.Generator().manual_seed(config.seed)
         epochs = [torch.randperm(len(groups), generator=draw) for _ in range(config.epochs)]
         self.order = torch.cat(epochs)
@@ -207,7 +207,8 @@ class _Run(Dataset[Mapping[str, Any]]):
         return len(self.order)
 
     def __getitems__(self, places: Sequence[int]) -> Mapping[str, Any]:
-        return self.groups.take(self.order[torch.as_tensor(places)]).as_inputs()
+        index = self.order[torch.as_tensor(places)]
+        return self.groups.take(index, starts=self.starts).as_inputs()
 
 
 def _as_it_is(batch: Mapping[str, Any]) -> Mapping[str, Any]:
