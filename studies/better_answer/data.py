@@ -1,4 +1,4 @@
-"""Prompts with answers and what was said of them: AlpacaEval with a judge's scores, LLMBar by people.
+"""Prompts with answers and what was said of them: AlpacaEval by a judge, LLMBar by people.
 
 Read where it lies; nothing is copied.
 

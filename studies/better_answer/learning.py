@@ -1,7 +1,7 @@
 """Learning on some prompts to score answers of others, settings chosen without a look at those.
 
     parts(groups, 5, seed)                 which part each prompt is in
-    learnt(arm, groups, settings, seed)    a model, its learning rate chosen inside these groups
+    learnt(arm, groups, settings, seed)    a model, how to learn it chosen inside these groups
     held_out_scores(...)                   each prompt scored by what was learnt from other parts
 
 Shapes: `groups`, `candidates`, as in `Groups`.
@@ -30,10 +30,10 @@ from studies.better_answer.settings import Arm, Settings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learnt:
-    """A model and the learning rate that was chosen for it."""
+    """A model, and the learning rate and weight decay that were chosen for it."""
 
     model: PreferenceModel
-    rate: float
+    how: tuple[float, float]
 
 
 def parts(groups: Groups, folds: int, seed: int) -> Int[Tensor, " groups"]:
@@ -62,7 +62,7 @@ def held_out_scores(
     settings: Settings,
     seed: int,
     taught: Bool[Tensor, " candidates"] | None = None,
-) -> tuple[Float[Tensor, " candidates"], list[float]]:
+) -> tuple[Float[Tensor, " candidates"], list[tuple[float, float]]]:
     """A score for each candidate, by a model that learnt from the other parts' groups.
 
     Args:
@@ -73,17 +73,17 @@ def held_out_scores(
         taught: candidates that are learnt from; all if None. All are scored.
 
     Returns:
-        The scores, whose size means nothing across parts, and each part's learning rate.
+        The scores, whose size means nothing across parts, and what each part chose.
     """
     part = parts(groups, settings.folds, seed)
     scores = torch.full((len(groups.candidates),), torch.nan)
-    rates = []
+    chosen = []
     for number in range(settings.folds):
         held = part == number
         found = learnt(arm, only(groups, ~held, taught), settings, seed)
         scores[held[groups.group_of_candidate]] = found.model.values(groups.take(held))
-        rates.append(found.rate)
-    return scores, rates
+        chosen.append(found.how)
+    return scores, chosen
 
 
 def only(
@@ -99,8 +99,8 @@ def only(
 def learnt(arm: Arm, groups: Groups, settings: Settings, seed: int) -> Learnt:
     """A model of these groups.
 
-    With several learning rates each is tried on a part of the groups and judged by what its choices
-    in the rest are worth; all groups then teach the best.
+    Each learning rate and decay is tried on a part of the groups and judged by what its choices in
+    the rest are worth; all groups then teach the best.
 
     Args:
         arm: how to learn.
@@ -108,21 +108,21 @@ def learnt(arm: Arm, groups: Groups, settings: Settings, seed: int) -> Learnt:
         settings: of the study.
         seed: of first weights, the order of data and the split that chooses.
     """
-    rate = settings.rates[0]
-    if len(settings.rates) > 1:
+    how = settings.tried[0]
+    if len(settings.tried) > 1:
         tried, rest = groups.split_by(settings.inner, seed=seed)
         worth = {
             one: float(worth_of_choice(trained(arm, tried, settings, one, seed), rest).mean())
-            for one in settings.rates
+            for one in settings.tried
         }
-        rate = max(settings.rates, key=lambda one: worth[one])
-    return Learnt(model=trained(arm, groups, settings, rate, seed), rate=rate)
+        how = max(settings.tried, key=lambda one: worth[one])
+    return Learnt(model=trained(arm, groups, settings, how, seed), how=how)
 
 
 def trained(
-    arm: Arm, groups: Groups, settings: Settings, rate: float, seed: int
+    arm: Arm, groups: Groups, settings: Settings, how: tuple[float, float], seed: int
 ) -> PreferenceModel:
-    """A model of these groups with a given learning rate."""
+    """A model of these groups with a given learning rate and weight decay."""
     absolute = arm.loss in ABSOLUTE
     config = PreferenceConfig(
         net=NetConfig(arm.net, arm.net_settings),
@@ -132,16 +132,17 @@ def trained(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = config.build(groups)
-    how = FitConfig(
+    rate, decay = how
+    taught_how = FitConfig(
         epochs=settings.epochs,
         batch_size=settings.batch,
         learning_rate=rate,
-        weight_decay=settings.weight_decay,
+        weight_decay=decay,
         seed=seed,
     )
     # To the trainer a model is a module that returns its loss, which is all that is asked here too.
     taught = cast(PreferenceModel, Absolute(model, arm.loss, groups)) if absolute else model
-    fit(taught, groups, how)
+    fit(taught, groups, taught_how)
     return model
 
 
@@ -160,5 +161,3 @@ def chosen_worth(values: Float[Tensor, " candidates"], groups: Groups) -> Tensor
     assert groups.utilities is not None
     best = highest(groups.utilities.double(), groups.group_of_candidate, len(groups))
     return best - regret(values, groups)
-
-

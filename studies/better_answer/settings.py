@@ -50,10 +50,7 @@ _WEIGHTED = {"by_utility": True}
 
 ARMS = MappingProxyType(
     {
-        "length, linear": Arm(features="length", net="linear", loss="pair-logistic"),
-        "length, mlp": Arm(
-            features="length", net="mlp", loss="pair-logistic", net_settings=_HIDDEN
-        ),
+        "length alone": Arm(features="length", net="linear", loss="pair-logistic"),
         "pairs": Arm(features=_BOTH, net="linear", loss="pair-logistic"),
         "pairs by score": Arm(
             features=_BOTH, net="linear", loss="pair-logistic", loss_settings=_WEIGHTED
@@ -119,9 +116,9 @@ class Settings:
         within: arms that learn from LLMBar itself.
         epochs: passes over the training prompts.
         batch: prompts of a step.
-        rates: learning rates, of which each training part chooses one by a split of its own.
-        weight_decay: of AdamW.
-        inner: share of a training part that chooses the rate.
+        tried: learning rates with weight decays of AdamW, of which each training part chooses one
+            pair by a split of its own.
+        inner: share of a training part that chooses.
         similar: two answers are of similar length if the longer has at most so many times the
             characters of the shorter.
         clear: difference of the judge's scores from which on a pair has a better answer.
@@ -132,14 +129,13 @@ class Settings:
     prompts: int | None = None
     pairs: int | None = None
     arms: tuple[str, ...] = tuple(ARMS)
-    few_writers: tuple[str, ...] = ("length, linear", "answer alone", "pairs by score", "mlp")
-    attacked: tuple[str, ...] = ("length, linear", "pairs by score")
-    transferred: tuple[str, ...] = ("length, linear", "answer alone", "pairs by score", "mlp")
-    within: tuple[str, ...] = ("length, linear", "answer alone", "pairs by score", "mlp")
-    epochs: int = 20
+    few_writers: tuple[str, ...] = ("pairs by score", "mlp")
+    attacked: tuple[str, ...] = ("pairs by score",)
+    transferred: tuple[str, ...] = ("length alone", "answer alone", "pairs by score", "mlp")
+    within: tuple[str, ...] = ("length alone", "answer alone", "pairs by score", "mlp")
+    epochs: int = 10
     batch: int = 64
-    rates: tuple[float, ...] = (3e-4, 3e-3)
-    weight_decay: float = 0.1
+    tried: tuple[tuple[float, float], ...] = ((1e-2, 10.0), (3e-3, 10.0))
     inner: float = 0.25
     similar: float = 1.1
     clear: float = 0.1
@@ -151,10 +147,10 @@ class Settings:
                 f"arms hold {', '.join(map(repr, strangers))}; a study can learn by "
                 f"{', '.join(ARMS)}"
             )
-        if self.folds < 2 or not self.seeds or not self.rates:
+        if self.folds < 2 or not self.seeds or not self.tried:
             raise ValueError(
-                f"folds is {self.folds}, with {len(self.seeds)} seeds and {len(self.rates)} rates; "
-                f"give at least two folds, a seed and a rate"
+                f"folds is {self.folds}, with {len(self.seeds)} seeds and {len(self.tried)} "
+                f"rates; give at least two folds, a seed and a rate"
             )
 
     def learnt_from(self) -> dict[str, tuple[str, ...]]:
@@ -171,6 +167,7 @@ class Settings:
         made: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in values.items()
         }
+        made["tried"] = tuple((rate, decay) for rate, decay in values["tried"])
         return cls(**{one.name: made[one.name] for one in fields(cls)})
 
 
@@ -179,13 +176,13 @@ QUICK = Settings(
     folds=2,
     prompts=24,
     pairs=40,
-    arms=("length, linear", "pairs by score", "mixture by answer", "scores, linear"),
+    arms=("length alone", "pairs by score", "mixture by answer", "scores, linear"),
     few_writers=("pairs by score",),
     attacked=("pairs by score",),
     transferred=("pairs by score",),
     within=("pairs by score",),
     epochs=2,
-    rates=(3e-3,),
+    tried=((1e-2, 0.1),),
 )
 """A look at every part, in a minute or two; its numbers mean nothing."""
 

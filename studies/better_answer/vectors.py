@@ -7,7 +7,7 @@ Shapes: `texts dim`.
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -23,19 +23,11 @@ AT_ONCE = 256
 BATCH = 32
 
 
-class Encoder(Protocol):
-    """What is used of a SentenceTransformer."""
-
-    def encode(self, texts: list[str], **settings: Any) -> Any:
-        """A tensor `[texts, dim]`, given `convert_to_tensor`."""
-        ...
-
-
 def vectors(
     texts: Sequence[str],
     folder: Path,
     name: str,
-    opened: Callable[[], Encoder],
+    opened: Callable[[], Any],
     advance: Callable[[int], None] | None = None,
 ) -> dict[str, Float[Tensor, " dim"]]:
     """The vector of each text, from the folder if it is there.
@@ -44,11 +36,11 @@ def vectors(
         texts: in any order, each once.
         folder: of the parts.
         name: of the encoder, hash and all: vectors of another one are not used.
-        opened: opens the encoder; called only if a part is missing.
+        opened: opens the encoder, a SentenceTransformer; called only if a part is missing.
         advance: called after each part with its number of texts, for a progress bar.
     """
     order = sorted(texts, key=lambda text: (len(text), text))  # alike in length: little is padded
-    encoder: Encoder | None = None
+    encoder: Any = None
     found: dict[str, Tensor] = {}
     for first in range(0, len(order), AT_ONCE):
         part = order[first : first + AT_ONCE]
