@@ -133,7 +133,7 @@ class Settings:
     pairs: int = 1500
     scorers: tuple[str, ...] = ("list", "experts")
     people: tuple[float, int, int] = (0.1, 6, 120)
-    strongest: tuple[int, int, int] = (40000, 6, 200)
+    strongest: tuple[int, int, int] = (40000, 10, 320)
     strongest_arm: str = "soft"
     strongest_rate: float = 1e-2
     last_pairs: int = 5000

@@ -113,7 +113,10 @@ def test_two_processes_make_the_same(tmp_path, made):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_no_process_is_left_behind_and_what_was_done_stays(tmp_path, made, how):
     script = (
-        "from pathlib import Path; from moefold_backgammon.own_benchmark import *\n"
+        "import signal; from pathlib import Path\n"
+        # What runs in the background is started deaf to the keyboard.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from moefold_backgammon.own_benchmark import *\n"
         "config = BenchmarkConfig(decisions=2000, plies=1)\n"
         "make_benchmark(Path('own.bm'), config, processes=2)"
     )
