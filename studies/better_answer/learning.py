@@ -8,7 +8,6 @@ Shapes: `groups`, `candidates`, as in `Groups`.
 """
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -141,7 +140,7 @@ def trained(
         seed=seed,
     )
     # To the trainer a model is a module that returns its loss, which is all that is asked here too.
-    taught = cast(PreferenceModel, Absolute(model, arm.loss, groups)) if absolute else model
+    taught = Absolute(model, arm.loss, groups) if absolute else model
     fit(taught, groups, taught_how)
     return model
 

@@ -28,6 +28,7 @@ from moefold.preference import (
 )
 from moefold.preference.model import mean_loss
 from moefold.preference.trainer import measured, steps_of
+from tests.preference.common import random_groups
 
 DECISIVE = torch.tensor([1.0, -2.0, 0.5])
 
@@ -404,3 +405,21 @@ def test_a_relative_path_is_fine(tmp_path, monkeypatch):
     groups = chosen_by_rule(6)
     fit(model_of(groups), groups, FitConfig(epochs=1, batch_size=3), folder="run")
     assert (Path("run") / "checkpoint-2").is_dir()
+
+
+def test_what_gives_a_loss_is_trained_and_what_chooses_is_measured():
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = PreferenceConfig(net=NetConfig("mlp")).build(random_groups(4))
+
+        def forward(self, **parts: Any) -> dict[str, Any]:
+            return {"loss": 2 * self.model(**parts)["loss"]}
+
+    groups = random_groups(20)
+    wrapped = Wrapped()
+    before = float(wrapped(**groups.as_inputs())["loss"].detach())
+    fit(wrapped, groups, FitConfig(epochs=5, batch_size=5, learning_rate=0.02))
+    assert float(wrapped(**groups.as_inputs())["loss"].detach()) < 0.9 * before
+    with pytest.raises(ValueError, match="what a PreferenceModel chooses, and a Wrapped is none"):
+        fit(wrapped, groups, held_out=groups)

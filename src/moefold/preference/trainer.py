@@ -110,7 +110,7 @@ def steps_of(groups: int, config: FitConfig) -> int:
 
 
 def fit(
-    model: PreferenceModel,
+    model: nn.Module,
     train: Groups,
     config: FitConfig | None = None,
     *,
@@ -125,10 +125,11 @@ def fit(
     Random numbers of the caller are as they were afterwards.
 
     Args:
-        model: what is trained.
+        model: what is trained: a `PreferenceModel`, or what takes the parts of `Groups` by their
+            names and returns a `loss` among others.
         train: groups of which something is known.
         config: how; the defaults if None.
-        held_out: groups to evaluate on meanwhile.
+        held_out: groups to evaluate a `PreferenceModel` on meanwhile.
         folder: for checkpoints, of which the last two stay; none are made if None. Those of earlier
             runs go, unless this one resumes.
         resume: go on from the last whole checkpoint in the folder, if there is one.
@@ -216,7 +217,7 @@ def _as_it_is(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _trainer(
-    model: PreferenceModel,
+    model: nn.Module,
     train: Groups,
     held_out: Groups | None,
     config: FitConfig,
@@ -235,6 +236,7 @@ def _trainer(
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """The diagnostics of held-out groups, as the whole package computes them."""
             assert held_out is not None
+            assert isinstance(model, PreferenceModel)
             metrics = {f"eval_{k}": v for k, v in measured(model, held_out).items()}
             if say is not None:
                 words = ", ".join(f"{k[5:]} {v:.4f}" for k, v in metrics.items())
@@ -413,6 +415,11 @@ def _check(model: nn.Module, train: Groups, held_out: Groups | None) -> None:
             )
         if groups is not None and groups.weights is not None and not groups.weights.any():
             raise ValueError(f"{name} has weights that are all 0; give some group a weight")
+    if held_out is not None and not isinstance(model, PreferenceModel):
+        raise ValueError(
+            f"held_out is measured by what a PreferenceModel chooses, and a {type(model).__name__} "
+            f"is none; leave held_out out"
+        )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError("the model has no parameters that are trained; set requires_grad of some")
 
