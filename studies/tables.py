@@ -1,6 +1,7 @@
 """Tables in Markdown, and a README that holds each of them between two marks."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 MARK, END = "<!-- table: {} -->", "<!-- end of table -->"
 
@@ -24,4 +25,21 @@ def with_tables(text: str, made: Mapping[str, str]) -> str:
         if not found or not ended or MARK.partition("{")[0] in old:
             raise ValueError(f"the README has no {mark} with {END} after it; put both there")
         text = f"{before}{mark}\n\n{one}\n\n{END}{after}"
+    return text
+
+
+def into_readme(made: Mapping[str, str], readme: Path) -> None:
+    """Writes tables between their marks in a README.
+
+    Raises:
+        ValueError: a table has no place in it.
+    """
+    text = with_tables(readme.read_text(encoding="utf-8"), made)
+    readme.write_text(text, encoding="utf-8")
+
+
+def write_tables(made: Mapping[str, str], path: Path) -> str:
+    """Writes all tables into a file and returns its text."""
+    text = "\n\n".join(f"### {name}\n\n{one}" for name, one in made.items()) + "\n"
+    path.write_text(text, encoding="utf-8")
     return text

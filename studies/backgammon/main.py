@@ -3,19 +3,20 @@
 games -> rates -> trained -> judged -> results.json -> tables and plots
 """
 
-import argparse
 import shutil
 from pathlib import Path
 from typing import Any
 
 from studies.backgammon.data import prepare
 from studies.backgammon.judging import STRENGTH, VERDICT, judge, judge_strength
-from studies.backgammon.report import publish, write_plot, write_tables
+from studies.backgammon.report import publish, tables, write_plot
 from studies.backgammon.results import summarise
-from studies.backgammon.settings import ARMS, QUICK, Run, Settings, claim
+from studies.backgammon.settings import ARMS, QUICK, Run, Settings
 from studies.backgammon.training import RUN, has_rate, place, rate_file, train, tune
-from studies.files import read_json, write_json
+from studies.files import claim, read_json, write_json
 from studies.jobs import Job, one_thread, work
+from studies.options import options_of
+from studies.tables import write_tables
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -94,20 +95,11 @@ def _judging(settings: Settings, output: Path, run: Run, people_file: Path) -> J
 
 def main() -> None:
     """Run, print and write."""
-    parser = argparse.ArgumentParser(
-        description="Comparison training against absolute training, at backgammon.",
+    parser = options_of(
+        "Comparison training against absolute training, at backgammon.",
+        data=f"folder of {PEOPLE}",
         epilog="example: python studies/backgammon/run.py --data ../shared/data --output "
         "runs/backgammon --quick",
-    )
-    parser.add_argument("--data", type=Path, help=f"folder of {PEOPLE}")
-    parser.add_argument("--output", type=Path, help="folder of everything that is written")
-    parser.add_argument("--quick", action="store_true", help="a look at every part")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
-    parser.add_argument(
-        "--publish", action="store_true", help="put the results beside this file, README included"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="only make the README's tables from results.json"
     )
     options = parser.parse_args()
     if options.report:
@@ -121,7 +113,7 @@ def main() -> None:
         results = study(settings, options.data, options.output, options.processes)
     except (ValueError, RuntimeError) as error:
         parser.exit(2, f"{error}\n")
-    print(write_tables(results, options.output / "tables.md"))
+    print(write_tables(tables(results), options.output / "tables.md"))
     write_plot(results, options.output / "results.png")
     if options.publish:
         shutil.copy(options.output / "results.json", RESULTS)

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -195,25 +194,3 @@ QUICK = Settings(
     last_pairs=8,
 )
 """A look at every part, in a few minutes; its numbers mean nothing."""
-
-
-def claim(folder: Path, settings: Settings) -> None:
-    """Makes a folder the place of a study, or finds that it is one with the same settings.
-
-    Raises:
-        ValueError: it holds a study with other settings.
-    """
-    from studies.files import read_json, write_json
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path, mine = folder / "settings.json", settings.to_dict()
-    if not path.exists():
-        write_json(path, mine)
-        return
-    theirs = read_json(path)
-    other = sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
-    if other:
-        raise ValueError(
-            f"{folder} holds a study with another {', '.join(other)}; give another --output, or "
-            f"remove {path.name} if what is finished there may stay"
-        )

@@ -3,7 +3,6 @@
 vectors -> scores of what was not learnt from -> results.json -> tables and plot
 """
 
-import argparse
 import shutil
 import threading
 from collections.abc import Iterator, Sequence
@@ -16,13 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moefold.surgery.encoder import pretrained_encoder
 from studies.better_answer.data import read_alpaca, read_llmbar
-from studies.better_answer.report import publish, write_plot, write_tables
+from studies.better_answer.report import publish, tables, write_plot
 from studies.better_answer.results import summarise
 from studies.better_answer.scores import encoder_name, jobs, opened, texts_of
-from studies.better_answer.settings import QUICK, Settings, claim
+from studies.better_answer.settings import QUICK, Settings
 from studies.better_answer.vectors import vectors
-from studies.files import read_json, write_json
+from studies.files import claim, read_json, write_json
 from studies.jobs import Job, one_thread, work
+from studies.options import options_of
+from studies.tables import write_tables
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -89,20 +90,10 @@ def _watched(progress: Progress, todo: Sequence[Job]) -> Iterator[None]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run, print and write."""
-    parser = argparse.ArgumentParser(
-        description="Learn to pick the better answer, from vectors of a real sentence encoder.",
+    parser = options_of(
+        "Learn to pick the better answer, from vectors of a real sentence encoder.",
+        data="folder of the two data files",
         epilog=EXAMPLE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--data", type=Path, help="folder of the two data files")
-    parser.add_argument("--output", type=Path, help="folder of everything that is written")
-    parser.add_argument("--quick", action="store_true", help="a look at every part")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each (default 2)")
-    parser.add_argument(
-        "--publish", action="store_true", help="put the results beside this file, README included"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="only make the README's tables from results.json"
     )
     options = parser.parse_args(arguments)
     if options.report:
@@ -118,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         results = study(settings, options.data, options.output, options.processes)
     except ValueError as error:
         parser.exit(1, f"{error}\n")
-    print(write_tables(results, options.output / "tables.md"))
+    print(write_tables(tables(results), options.output / "tables.md"))
     write_plot(results, options.output / "results.png")
     if options.publish:
         shutil.copy(options.output / "results.json", RESULTS)

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from studies.better_answer.settings import ARMS, POOLS
-from studies.tables import table, with_tables
+from studies.tables import into_readme, table
 
 Results = Mapping[str, Any]
 PLOT = "results.png"
@@ -175,18 +175,9 @@ def _with_interval(found: Results, form: str, times: float) -> str:
     return text.replace("-", _MINUS)
 
 
-def write_tables(results: Results, path: Path) -> str:
-    """Writes all tables into a file and returns its text."""
-    text = "\n\n".join(f"### {name}\n\n{made}" for name, made in tables(results).items()) + "\n"
-    path.write_text(text, encoding="utf-8")
-    return text
-
-
 def publish(results: Results, folder: Path) -> None:
     """Writes the tables into a folder's README and the plot beside it."""
-    readme = folder / "README.md"
-    text = with_tables(readme.read_text(encoding="utf-8"), tables(results))
-    readme.write_text(text, encoding="utf-8")
+    into_readme(tables(results), folder / "README.md")
     write_plot(results, folder / PLOT)
 
 

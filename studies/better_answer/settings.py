@@ -2,11 +2,8 @@
 
 import json
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any
-
-from studies.files import read_json, write_json
 
 FEATURES = ("length", "answer", "answer and prompt", "answer, prompt and length")
 """What a scorer is given of an answer: numbers of its length, its vector, or products with the
@@ -185,22 +182,3 @@ QUICK = Settings(
     tried=((1e-2, 0.1),),
 )
 """A look at every part, in a minute or two; its numbers mean nothing."""
-
-
-def claim(folder: Path, settings: Settings) -> None:
-    """Makes a folder the place of a study, or finds that it is one with the same settings.
-
-    Raises:
-        ValueError: it holds a study with other settings.
-    """
-    path, mine = folder / "settings.json", settings.to_dict()
-    if not path.exists():
-        write_json(path, mine)
-        return
-    theirs = read_json(path)
-    other = sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
-    if other:
-        raise ValueError(
-            f"{folder} holds a study with another {', '.join(other)}; give another --output, or "
-            f"remove the folder"
-        )

@@ -3,25 +3,26 @@
 data -> trained -> judged, rerouted, embedded -> results.json -> tables and plot
 """
 
-import argparse
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import moefold
-from studies.files import read_json, write_json
+from studies.files import claim, read_json, write_json
 from studies.jobs import Job, one_thread, work
 from studies.language_model.data import Data, prepare
 from studies.language_model.embedded import embedding_jobs, tokenizer
 from studies.language_model.files import place, verdict
 from studies.language_model.judging import judge
 from studies.language_model.model import open_trained
-from studies.language_model.report import publish, write_plot, write_tables
+from studies.language_model.report import publish, tables, write_plot
 from studies.language_model.results import summarise
 from studies.language_model.rules import Rule, open_under, rules, without_training
-from studies.language_model.settings import QUICK, Settings, claim
+from studies.language_model.settings import QUICK, Settings
 from studies.language_model.training import RUN, WEIGHTS, train
+from studies.options import options_of
+from studies.tables import write_tables
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results.json"
@@ -131,17 +132,7 @@ def _data(settings: Settings, source: Path, output: Path) -> Data:
 
 def main() -> None:
     """Run, print and write."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder of the texts")
-    parser.add_argument("--output", type=Path, help="folder of everything that is written")
-    parser.add_argument("--quick", action="store_true", help="a look at every part")
-    parser.add_argument("--processes", type=int, default=2, help="of one thread each")
-    parser.add_argument(
-        "--publish", action="store_true", help="put the results beside this file, README included"
-    )
-    parser.add_argument(
-        "--report", action="store_true", help="only make the README's tables from results.json"
-    )
+    parser = options_of((__doc__ or "").splitlines()[0], data="folder of the texts")
     parser.add_argument(
         "--export",
         type=Path,
@@ -161,7 +152,7 @@ def main() -> None:
         export(settings, data, options.output, options.export)
         return
     results = study(settings, options.data, options.output, options.processes)
-    print(write_tables(results, options.output / "tables.md"))
+    print(write_tables(tables(results), options.output / "tables.md"))
     write_plot(results, options.output / "plot.png")
     if options.publish:
         shutil.copy(options.output / "results.json", RESULTS)

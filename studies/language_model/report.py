@@ -12,7 +12,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from studies.language_model.embedded import embedding_table
-from studies.tables import table, with_tables
+from studies.tables import into_readme, table
 
 Results = Mapping[str, Any]
 PLOT = "results.png"
@@ -185,21 +185,13 @@ def _spread(values: Sequence[float], form: str) -> str:
     return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
 
 
-def write_tables(results: Results, path: Path) -> str:
-    """Writes all tables into a file and returns its text."""
-    text = "\n\n".join(f"### {name}\n\n{made}" for name, made in tables(results).items()) + "\n"
-    path.write_text(text, encoding="utf-8")
-    return text
-
-
 def publish(results: Results, folder: Path) -> None:
     """Writes the tables into a folder's README and the plot beside it."""
-    readme = folder / "README.md"
-    text = with_tables(readme.read_text(encoding="utf-8"), tables(results))
+    made = tables(results)
     if (folder / BUDGETS).is_file():
         swept = json.loads((folder / BUDGETS).read_text(encoding="utf-8"))
-        text = with_tables(text, {"budgets": budget_table(swept)})
-    readme.write_text(text, encoding="utf-8")
+        made["budgets"] = budget_table(swept)
+    into_readme(made, folder / "README.md")
     write_plot(results, folder / PLOT)
 
 

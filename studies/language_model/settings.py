@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 from moefold import routers
@@ -143,23 +142,3 @@ def training_router(settings: Settings, arm: str) -> RouterConfig | None:
     if arm == "threshold":
         return routers.config("threshold", budget=settings.budget, alpha=settings.alpha)
     return competing(settings, arm, "threshold")
-
-
-def claim(folder: Path, settings: Settings) -> None:
-    """Makes a folder the place of a study, or finds that it is one with the same settings.
-
-    Raises:
-        ValueError: it holds a study with other settings.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    path, mine = folder / "settings.json", settings.to_dict()
-    if not path.exists():
-        path.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
-        return
-    theirs = json.loads(path.read_text(encoding="utf-8"))
-    other = sorted(k for k in mine | theirs if mine.get(k) != theirs.get(k))
-    if other:
-        raise ValueError(
-            f"{folder} holds a study with another {', '.join(other)}; give another --output, or "
-            f"remove the folder"
-        )

@@ -25,9 +25,9 @@ from studies.backgammon.data import games_of, to_learn_from
 from studies.backgammon.judging import PlayerWhoRemembers, by_game, information, phases
 from studies.backgammon.main import RESULTS, unique
 from studies.backgammon.results import summarise
-from studies.backgammon.settings import ARMS, QUICK, Run, Settings, claim
+from studies.backgammon.settings import ARMS, QUICK, Run, Settings
 from studies.backgammon.training import has_rate, model_of, place, rate_file, train, tune
-from studies.files import read_json
+from studies.files import claim, read_json
 from studies.tables import with_tables
 
 TINY = replace(QUICK, games=((2, 1), (4, 1)), methods=4, tuning=(2, 1, 2), strongest=(4, 1, 8))

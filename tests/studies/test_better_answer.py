@@ -30,9 +30,9 @@ from studies.better_answer.judging import (
 )
 from studies.better_answer.learning import held_out_scores, learnt, parts, trained
 from studies.better_answer.report import tables, write_plot
-from studies.better_answer.settings import ARMS, ATTACK, STRONG, Arm, Settings, claim
+from studies.better_answer.settings import ARMS, ATTACK, STRONG, Arm, Settings
 from studies.better_answer.vectors import vectors
-from studies.files import read_json
+from studies.files import claim, read_json
 from studies.tables import with_tables
 
 REAL = Path(os.environ.get("MOEFOLD_DATA", Path(__file__).parents[3] / "shared" / "data"))

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moefold
 from moefold.evaluate.files import whole_file
-from studies.files import read_json, write_json
+from studies.files import claim, read_json, write_json
 from studies.jobs import Job, work
 from studies.language_model import report, training
 from studies.language_model.data import HELDOUT, TRAIN, Data, cut, prepare, read_books, spread
@@ -31,9 +31,9 @@ from studies.language_model.main import RESULTS, export, study
 from studies.language_model.model import new_model, open_trained
 from studies.language_model.results import of_rule
 from studies.language_model.rules import open_under, rules, without_training
-from studies.language_model.settings import TRAINED, Settings, claim, training_router
+from studies.language_model.settings import TRAINED, Settings, training_router
 from studies.language_model.training import RUN, WEIGHTS, train
-from studies.tables import with_tables
+from studies.tables import with_tables, write_tables
 
 REAL = Path(os.environ.get("MOEFOLD_DATA", Path(__file__).parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(
@@ -507,7 +507,7 @@ def test_a_whole_study_goes_on_where_it_stopped(source: Path, tmp_path: Path):
         (here / path.name).symlink_to(path)
     small = replace(TINY, tasks=("STS16",))
     results = study(small, here, tmp_path / "study", 2)
-    text = report.write_tables(results, tmp_path / "tables.md")
+    text = write_tables(report.tables(results), tmp_path / "tables.md")
     assert "| unified | group |" in text
     assert "**leaks**" in text
     report.write_plot(results, tmp_path / "plot.png")

@@ -8,7 +8,6 @@ Shapes: `n` decisions with `m` plays in all; `2 25` men by side and point, [oppo
 
 import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int, Int8
 
+from moefold.evaluate.files import whole_file
 from moefold.preference import Groups, Report, agreement, by_category, regret, seen_before
 from moefold.preference.report import Share, standard_error
 from moefold_backgammon.bm import Benchmark
@@ -283,11 +283,9 @@ def write_json(file: Path, report: Report | BenchmarkReport | HumanReport, **mor
         report: what was found.
         more: what else to say, such as of what it is.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.{os.getpid()}.part")
     text = json.dumps({**more, **report.to_dict()}, indent=1)
-    partial.write_text(f"{text}\n", encoding="utf-8")
-    partial.replace(file)
+    with whole_file(file) as beside:
+        beside.write_text(f"{text}\n", encoding="utf-8")
 
 
 def _check_best(
