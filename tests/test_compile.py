@@ -15,17 +15,24 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from moefold import MoE, MoEConfig, record_routing, routers
-from moefold.experts import AbstractBackend, backends
+from moefold.experts import AbstractBackend, AbstractMixer, backends
+from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.losses import balance
 from moefold.metrics import metrics
 from moefold.routers import AbstractRouter, RouterConfig
 from moefold.routing import Routing, SparseRouting
-from moefold.testing import BACKEND_CHECKS, LAYER_CHECKS, ROUTER_CHECKS, check_router
-from moefold.testing.backends import BackendCase
+from moefold.testing import (
+    BACKEND_CHECKS,
+    LAYER_CHECKS,
+    MIX_CHECKS,
+    ROUTER_CHECKS,
+    check_router,
+)
 from moefold.testing.contract import run
 from moefold.testing.layer_probe import layer_case
 from moefold.testing.probe import RouterCase
+from moefold.testing.problems import BackendCase
 
 pytestmark = [
     pytest.mark.compile,
@@ -126,6 +133,8 @@ def test_every_backend_compiles_or_says_why_not(name: str):
         assert "it reads rows_per_expert on the host" in report.skipped["compiles"]
     else:
         assert report.ran == ("compiles",)
+    if isinstance(case.backend, AbstractMixer):
+        assert run(name, {"mix": MIX_CHECKS["mixing: compiles"]}, case).ran == ("mix",)
 
 
 # That these checks can fail.
@@ -185,6 +194,24 @@ def test_a_backend_that_does_not_compile_is_caught():
     case = BackendCase(backend=LosesAGradient(), device="cpu", compile=True)
     with pytest.raises(AssertionError, match="compiling loses the gradient of rows"):
         run("backend", {"compiles": BACKEND_CHECKS["compiles"]}, case)
+
+
+def test_a_mixer_that_does_not_compile_is_caught():
+    class LosesAGradient(AbstractMixer):
+        def reasons_against(self, rows, weights):
+            return []
+
+        def compute(self, rows, rows_per_expert, weights):
+            return FusedBackend().compute(rows, rows_per_expert, weights)
+
+        def mix(self, x, routing, weights):
+            if torch.compiler.is_compiling():
+                x = x + 1e-3 * x.detach()
+            return FusedBackend().mix(x, routing, weights)
+
+    case = BackendCase(backend=LosesAGradient(), device="cpu", compile=True)
+    with pytest.raises(AssertionError, match="compiling changes the result"):
+        run("backend", {"compiles": MIX_CHECKS["mixing: compiles"]}, case)
 
 
 def test_a_layer_that_does_not_compile_is_caught(monkeypatch: pytest.MonkeyPatch):

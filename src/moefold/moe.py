@@ -23,7 +23,7 @@ from moefold.registry import Registry
 from moefold.routers import RouterConfig
 from moefold.routers.base import check_at_least_zero, check_positive
 from moefold.routers.inference import Past
-from moefold.routing import Routing
+from moefold.routing import Routing, SparseRouting
 
 if TYPE_CHECKING:
     GivenRouter = RouterConfig  # what it is, once the configuration is made
@@ -203,18 +203,37 @@ class MoE(AbstractRouted):
         if past is not None:
             more["past"] = past
         routing = self.router(x, mask, **more)
-        rows = self.experts(routing.dispatch(x), routing.rows_per_expert, backend=self.backend)
-        routing = routing.settled(rows)
-        self.hand_over(routing)
-        y = routing.combine(rows)
+        counts = routing.rows_per_expert
+        if isinstance(routing, SparseRouting) and not self._needs_rows(routing):
+            self.hand_over(routing)
+            rows, y = None, self.experts(x, counts, backend=self.backend, routing=routing)
+        else:
+            rows = self.experts(routing.dispatch(x), counts, backend=self.backend)
+            routing = routing.settled(rows)
+            self.hand_over(routing)
+            y = routing.combine(rows)
         if self.shared is not None:
             y = y + self._shared(x, mask)
-        if self.losses and self.training and torch.is_grad_enabled():
+        if self._losses_ride:
             y = ride(y, self.loss(routing, rows) * self.loss_scale)
         return y
 
-    def loss(self, routing: Routing, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, ""]:
-        """The weighted sum of this layer's auxiliary losses for one routing and its results."""
+    @property
+    def _losses_ride(self) -> bool:
+        return bool(self.losses) and self.training and torch.is_grad_enabled()
+
+    def _needs_rows(self, routing: SparseRouting) -> bool:
+        """Whether anything but the sum of a token's results is asked of the experts."""
+        asked = self._losses_ride and any(name not in known_losses for name in self.losses)
+        return asked or routing.decide is not None
+
+    def loss(self, routing: Routing, rows: Float[Tensor, "rows dim"] | None) -> Float[Tensor, ""]:
+        """The weighted sum of this layer's auxiliary losses for one routing and its results.
+
+        Args:
+            routing: the routing.
+            rows: what the experts made of its rows; only losses of results look at them.
+        """
         parts = []
         for name, coefficient in self.losses.items():
             kind = _kind_of_loss(name)

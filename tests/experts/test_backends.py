@@ -21,10 +21,15 @@ from moefold.experts import (
     choose_backend,
     explain_backends,
 )
-from moefold.experts.backends import PRIORITY, fused
+from moefold.experts.backends import PRIORITY, fused_ops
 from moefold.experts.backends.fused import FusedBackend
+from moefold.experts.backends.fused_ops import WRITTEN, Blocks
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.experts.backends.reference import ReferenceBackend
+from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
+from moefold.testing.contract import run
+from moefold.testing.mixers import mix_problem, solve_mix
+from moefold.testing.problems import BackendCase
 from tests.routers.common import untyped
 
 ROWS = torch.zeros(3, 4)
@@ -99,7 +104,7 @@ def test_the_whole_table_is_explained():
 
 
 @pytest.mark.parametrize(
-    ("gated", "bias", "activation"), list(product((False, True), (False, True), fused._WRITTEN))
+    ("gated", "bias", "activation"), list(product((False, True), (False, True), WRITTEN))
 )
 def test_fused_derivatives(gated, bias, activation):
     experts = Experts(4, 4, 3, gated, bias, activation, dtype=torch.float64)
@@ -156,8 +161,8 @@ def test_fused_keeps_nothing_where_nothing_is_learnt():
     assert torch.equal(found, experts(rows, counts, "fused").detach())
     w = experts.weights
     for keep, kept in ((False, 0), (True, 9 * 5)):
-        args = (rows, counts, w.up, w.down, None, None, True, "silu", keep)
-        _, pre, value = torch.ops.moefold.fused_experts(*args)
+        args = (w.up, w.down, None, None, True, "silu", rows.dtype, keep)
+        _, pre, value = torch.ops.moefold.fused_mixture(rows, torch.arange(9), None, counts, *args)
         assert (pre.numel(), value.numel()) == (kept, kept)
 
 
@@ -166,7 +171,7 @@ def test_fused_refuses_a_second_derivative():
     rows = torch.randn(3, 4, requires_grad=True)
     y = experts(rows, counts, "fused")
     (first,) = torch.autograd.grad(y.square().sum(), rows, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"fused_experts_backward.* no autograd formula"):
+    with pytest.raises(RuntimeError, match=r"fused_mixture_backward.* no autograd formula"):
         first.sum().backward()
 
 
@@ -175,6 +180,28 @@ def test_grouped_has_a_second_derivative():
     rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     counts = torch.tensor([2, 0, 3])
     assert torch.autograd.gradgradcheck(lambda r: experts(r, counts, "grouped"), rows)
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["as it is", "in float32"])
+def test_fused_computes_low_precision_either_way(wide, monkeypatch):
+    # What this processor does not do by itself is done all the same, padded blocks included.
+    monkeypatch.setattr(
+        fused_ops,
+        "work_dtype",
+        lambda dtype: torch.promote_types(dtype, torch.float32) if wide else dtype,
+    )
+    case = BackendCase(backend=FusedBackend(), device="cpu")
+    names = ("mixing: values and gradients", "mixing: autocast", "mixing: spare rows")
+    assert run("fused", {name: MIX_CHECKS[name] for name in names}, case).ran == names
+    names = ("bfloat16", "autocast")
+    assert run("fused", {name: BACKEND_CHECKS[name] for name in names}, case).ran == names
+
+
+def test_fused_leaves_no_scratch_memory_in_a_result():
+    for dtype, counts in product((torch.float32, torch.bfloat16), ((5, 0, 3), (0, 0, 0))):
+        given = mix_problem(counts, 9, 8, 6, spare=2).to(dtype)
+        for name, tensor in solve_mix(FusedBackend().mix, given).items():
+            assert torch.isfinite(tensor).all(), f"{name} of {dtype} holds what nobody wrote"
 
 
 def test_fused_has_room_for_every_padded_block():
@@ -186,19 +213,19 @@ def test_fused_has_room_for_every_padded_block():
             share = torch.distributions.Dirichlet(torch.full((experts,), sharpness)).sample()
             expert = torch.multinomial(share, rows, replacement=True)
             counts = torch.bincount(expert, minlength=experts)
-            *_, (_, _, last) = fused._placed(counts, like)
-            assert last.stop <= fused._room(like, experts)
+            blocks = Blocks(counts, rows, like)
+            assert sum(blocks.sizes) <= fused_ops.room(rows, experts, like)
 
 
 @pytest.mark.compile  # it traces with symbolic sizes, which the typing hook takes for wrong types
 def test_fused_operators_are_registered_right():
     for dtype, gated in product((torch.float32, torch.bfloat16), (False, True)):
         w = Experts(3, 8, 6, gated, bias=True, dtype=dtype).weights
-        rows = torch.randn(12, 8).to(dtype).requires_grad_()
-        args = (w.up, w.down, w.up_bias, w.down_bias, gated, "silu", True)
-        torch.library.opcheck(
-            torch.ops.moefold.fused_experts.default, (rows, torch.tensor([4, 0, 6]), *args)
-        )
+        x, weight = torch.randn(7, 8).to(dtype).requires_grad_(), torch.rand(12).requires_grad_()
+        tokens = torch.tensor([0, 2, 3, 6, 1, 2, 3, 4, 5, 6, 0, 0])  # two spare rows
+        args = (w.up, w.down, w.up_bias, w.down_bias, gated, "silu", dtype, True)
+        given = (x, tokens, weight, torch.tensor([4, 0, 6]), *args)
+        torch.library.opcheck(torch.ops.moefold.fused_mixture.default, given)
 
 
 @pytest.mark.parametrize("backend", PRIORITY)

@@ -11,8 +11,8 @@ from torch import Tensor
 from moefold.experts import AbstractBackend, ExpertWeights
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.testing import BACKEND_CHECKS, check_backend
-from moefold.testing.backends import BackendCase
 from moefold.testing.contract import run
+from moefold.testing.problems import BackendCase
 
 Compute = Callable[[Tensor, Tensor, ExpertWeights], Tensor]
 good: Compute = ReferenceBackend().compute

@@ -13,6 +13,7 @@ from torch import nn
 
 import moefold.moe
 import moefold.record
+from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.losses import losses
 from moefold.moe import MoE, MoEConfig
@@ -38,24 +39,20 @@ def wrap(patch: Patch, owner: type, name: str, make: Callable) -> None:
 
 
 def combine_by_mean(patch: Patch) -> None:
-    wrap(
-        patch,
-        SparseRouting,
-        "combine",
-        lambda combine: lambda self, rows: combine(self, rows) / 2,
-    )
+    wrap(patch, FusedBackend, "mix", lambda mix: lambda *given: mix(*given) / 2)
 
 
 def combine_detached(patch: Patch) -> None:
     """Right values, but the router learns nothing."""
 
-    def make(combine):
-        def detached(self, rows):
-            return combine(replace(self, weight_of_row=self.weight_of_row.detach()), rows)
+    def make(mix):
+        def detached(self, x, routing, weights):
+            unlearnt = replace(routing, weight_of_row=routing.weight_of_row.detach())
+            return mix(self, x, unlearnt, weights)
 
         return detached
 
-    wrap(patch, SparseRouting, "combine", make)
+    wrap(patch, FusedBackend, "mix", make)
 
 
 class SumsToTwo(AbstractRouter):
@@ -173,16 +170,14 @@ def route_in_half_under_autocast(patch: Patch) -> None:
 
 
 def return_float32(patch: Patch) -> None:
-    wrap(
-        patch,
-        SparseRouting,
-        "combine",
-        lambda combine: (
-            lambda self, rows: combine(
-                self, rows.to(torch.promote_types(rows.dtype, torch.float32))
-            )
-        ),
-    )
+    def make(mix):
+        def widened(*given):
+            y = mix(*given)
+            return y.to(torch.promote_types(y.dtype, torch.float32))
+
+        return widened
+
+    wrap(patch, FusedBackend, "mix", make)
 
 
 def compute_one_percent_more(patch: Patch) -> None:

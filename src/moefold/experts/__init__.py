@@ -5,6 +5,7 @@ Shapes: `rows dim` in and out, see `experts.backends.base`.
 
 from moefold.experts.backends import (
     AbstractBackend,
+    AbstractMixer,
     ExpertWeights,
     Verdict,
     backends,
@@ -15,6 +16,7 @@ from moefold.experts.experts import Experts
 
 __all__ = [
     "AbstractBackend",
+    "AbstractMixer",
     "ExpertWeights",
     "Experts",
     "Verdict",

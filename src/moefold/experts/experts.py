@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from moefold.experts import activations
 from moefold.experts.activations import Activation
-from moefold.experts.backends import AUTO, ExpertWeights, choose_backend
+from moefold.experts.backends import AUTO, AbstractMixer, ExpertWeights, choose_backend
+from moefold.routing import SparseRouting
 
 
 @final
@@ -101,24 +102,36 @@ class Experts(nn.Module):
 
     def forward(
         self,
-        rows: Float[Tensor, "rows dim"],
+        x: Float[Tensor, "*rows dim"],
         rows_per_expert: Int[Tensor, " experts"],
         backend: str = AUTO,
-    ) -> Float[Tensor, "rows dim"]:
-        """Apply every expert to its rows.
+        routing: SparseRouting | None = None,
+    ) -> Float[Tensor, "*rows dim"]:
+        """Apply every expert to its rows; with a routing, go from tokens to tokens.
+
+        Both are this one function because of what others hang on a module's forward: adapters of
+        peft and the shards of FSDP are put in place there.
 
         Args:
-            rows: sorted by expert; those past `rows_per_expert.sum()` come back as zeros.
+            x: rows `[rows, dim]`, sorted by expert; those past `rows_per_expert.sum()` come back as
+                zeros. With a routing, the tokens `[batch, tokens, dim]` that it was made for.
             rows_per_expert: how many rows each expert has.
             backend: how to compute them; see `moefold.experts.backends`.
+            routing: return `routing.combine` of what experts make of `routing.dispatch(x)`. A
+                backend that can does it without all rows in between.
 
         Raises:
-            ValueError: rows of another width or dtype, another number of experts, or a backend that
-                is unknown or cannot run.
+            ValueError: x of another width or dtype, another number of experts, or a backend that is
+                unknown or cannot run.
         """
-        weights = self.weights
-        self._check(rows, rows_per_expert, weights)
-        return choose_backend(backend, rows, weights).compute(rows, rows_per_expert, weights)
+        weights, flat = self.weights, x if x.ndim == 2 else x.flatten(0, -2)
+        self._check(flat, rows_per_expert, weights)
+        chosen = choose_backend(backend, flat, weights)
+        if routing is None:
+            return chosen.compute(flat, rows_per_expert, weights)
+        if isinstance(chosen, AbstractMixer):
+            return chosen.mix(flat, routing, weights).reshape(x.shape)
+        return routing.combine(chosen.compute(routing.dispatch(x), rows_per_expert, weights))
 
     def _check(self, rows: Tensor, rows_per_expert: Tensor, weights: ExpertWeights) -> None:
         if rows.shape[-1] != self.dim:

@@ -54,11 +54,15 @@ def grouped_mm(
 
 def as_linear_casts(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast to the dtype of the autocast in force, as it does for a linear layer; float64 stays."""
-    kind = tensors[0].device.type
-    if not torch.is_autocast_enabled(kind):
-        return tensors
-    dtype = torch.get_autocast_dtype(kind)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    return tuple(t.to(linear_dtype(t)) for t in tensors)
+
+
+def linear_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would take a tensor: that of the autocast in force."""
+    kind = tensor.device.type
+    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return tensor.dtype
+    return torch.get_autocast_dtype(kind)
 
 
 def padded(count: int, like: Tensor) -> int:
@@ -99,15 +103,20 @@ def blocks(rows_per_expert: Tensor, rows: int) -> Iterator[tuple[int, int, int]]
     """
     counts = rows_per_expert.tolist()
     if sum(counts) > rows:
-        raise ValueError(
-            f"rows_per_expert adds up to {sum(counts)}, but there are only {rows} rows; "
-            f"pass the rows and the counts of one routing"
-        )
+        raise ValueError(too_few_rows(sum(counts), rows))
     start = 0
     for expert, count in enumerate(counts):
         if count:
             yield expert, start, start + count
         start += count
+
+
+def too_few_rows(wanted: int, rows: int) -> str:
+    """What is wrong with counts that need more rows than there are."""
+    return (
+        f"rows_per_expert adds up to {wanted}, but there are only {rows} rows; "
+        f"pass the rows and the counts of one routing"
+    )
 
 
 def _check(rows: Tensor, weights: Tensor, rows_per_expert: Tensor) -> None:

@@ -12,12 +12,14 @@ from moefold.testing.backends import BACKEND_CHECKS, check_backend
 from moefold.testing.contract import Report, without_a_case
 from moefold.testing.hosts import HOST_CHECKS, check_host
 from moefold.testing.layers import LAYER_CHECKS, check_layer
+from moefold.testing.mixers import MIX_CHECKS
 from moefold.testing.routers import ROUTER_CHECKS, check_router
 
 __all__ = [
     "BACKEND_CHECKS",
     "HOST_CHECKS",
     "LAYER_CHECKS",
+    "MIX_CHECKS",
     "ROUTER_CHECKS",
     "Report",
     "check_backend",

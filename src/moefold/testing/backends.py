@@ -5,23 +5,23 @@
 Shapes: `rows dim` in and out, sorted by expert. How close is close: see `testing.problems`.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from moefold.experts import AbstractBackend, ExpertWeights, activations, backends
+from moefold.experts import AbstractBackend, AbstractMixer, ExpertWeights, activations, backends
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.testing.contract import Check, Report, run
+from moefold.testing.mixers import MIX_CHECKS
 from moefold.testing.problems import (
     SLACK,
+    BackendCase,
     Problem,
     equals_reference,
     error_of,
     floor,
-    problem,
     solve,
     tensors_of,
 )
@@ -34,19 +34,6 @@ SIZES = (
     ((5, 3), 1, 1),
     ((17,), 129, 3),
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BackendCase:
-    """A backend to be checked, and where."""
-
-    backend: AbstractBackend
-    device: str
-    compile: bool = False
-
-    def problem(self, counts: Sequence[int], dim: int, width: int, **kind: Any) -> Problem:
-        """A random problem where the case runs; see `problems.problem`."""
-        return problem(counts, dim, width, device=self.device, **kind)
 
 
 def _kinds(case: BackendCase, dtype: torch.dtype) -> Iterator[tuple[str, Problem]]:
@@ -302,7 +289,7 @@ def check_backend(
     compile: bool = False,
     device: str = "cpu",
 ) -> Report:
-    """Run the whole contract of `BACKEND_CHECKS` on a backend.
+    """Run the whole contract of `BACKEND_CHECKS` on a backend, of a mixer `MIX_CHECKS` too.
 
     Args:
         backend: a registered name, or the backend itself.
@@ -321,4 +308,5 @@ def check_backend(
     made = backends.get(backend) if isinstance(backend, str) else backend
     case = BackendCase(backend=made, device=device, compile=compile)
     subject = backend if isinstance(backend, str) else type(backend).__name__
-    return run(f"backend {subject}", BACKEND_CHECKS, case, exceptions)
+    checks = {**BACKEND_CHECKS, **(MIX_CHECKS if isinstance(made, AbstractMixer) else {})}
+    return run(f"backend {subject}", checks, case, exceptions)

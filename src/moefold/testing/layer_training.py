@@ -75,12 +75,11 @@ def _added(
     of_routings = {n: c for n, c in coefficients.items() if n not in output_losses}
     by_name = {name.replace("-", "_"): c for name, c in of_routings.items()}
     for seed, batch in enumerate(batches):
-        rows: list[Tensor] = []
-        watch = layer.experts.register_forward_hook(lambda *call, seen=rows: seen.append(call[2]))
         with record_routing(layer) as record:
             y = forward(layer, batch, seed=seed)
-        watch.remove()
-        of_rows = [c * output_losses.get(n)(record[""][0], rows[0]) for n, c in of_results.items()]
+        routing = record[""][0]
+        rows = layer.experts(routing.dispatch(batch.x), routing.rows_per_expert)
+        of_rows = [c * output_losses.get(n)(routing, rows) for n, c in of_results.items()]
         ((task(y) + record.loss(**by_name) + sum(of_rows)) / len(batches)).backward()
     return gradients(layer)
 

@@ -10,6 +10,7 @@ mistake by orders of magnitude. Errors are relative to the largest number of a t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -131,3 +132,16 @@ def error_of(got: Tensor, truth: Tensor) -> float:
     scale = truth.abs().max().clamp_min(1e-30)
     # NaN compares false with everything, so that it fails every limit.
     return float((got.double() - truth).abs().max() / scale)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendCase:
+    """A backend to be checked, and where."""
+
+    backend: AbstractBackend
+    device: str
+    compile: bool = False
+
+    def problem(self, counts: Sequence[int], dim: int, width: int, **kind: Any) -> Problem:
+        """A random problem where the case runs; see `problems.problem`."""
+        return problem(counts, dim, width, device=self.device, **kind)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moefold.experts.backends.base import AbstractBackend, ExpertWeights
+from moefold.experts.backends.base import AbstractBackend, AbstractMixer, ExpertWeights
 from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.experts.backends.reference import ReferenceBackend
@@ -21,7 +21,7 @@ PRIORITY = ("fused", "grouped", "reference")
 
 backends: Registry[AbstractBackend] = Registry("backend", AbstractBackend)
 backends.register(
-    "fused", FusedBackend(), summary="one expert at a time in cache, both products (CPU)"
+    "fused", FusedBackend(), summary="one expert at a time in cache, from tokens to tokens (CPU)"
 )
 backends.register("grouped", GroupedBackend(), summary="two grouped products (CPU, CUDA)")
 backends.register("reference", ReferenceBackend(), summary="a loop over experts: the definition")
@@ -78,6 +78,7 @@ __all__ = [
     "AUTO",
     "PRIORITY",
     "AbstractBackend",
+    "AbstractMixer",
     "ExpertWeights",
     "Verdict",
     "backends",

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefold.experts.activations import Activation
+from moefold.routing import SparseRouting
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -59,3 +60,17 @@ class AbstractBackend(ABC):
         weights: ExpertWeights,
     ) -> Float[Tensor, "rows dim"]:
         """Apply every expert to its rows."""
+
+
+class AbstractMixer(AbstractBackend):
+    """A backend that can also go from tokens to tokens, without all rows in between."""
+
+    @abstractmethod
+    def mix(
+        self, x: Float[Tensor, "tokens dim"], routing: SparseRouting, weights: ExpertWeights
+    ) -> Float[Tensor, "tokens dim"]:
+        """Every token's weighted sum of what its experts make of it; zero if it has none.
+
+        It is `routing.combine(self.compute(routing.dispatch(x), ...))`, values and gradients, those
+        of the rows' weights too.
+        """
