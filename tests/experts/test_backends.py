@@ -23,7 +23,8 @@ from moefold.experts import (
 )
 from moefold.experts.backends import PRIORITY, fused_ops
 from moefold.experts.backends.fused import FusedBackend
-from moefold.experts.backends.fused_ops import WRITTEN, Blocks
+from moefold.experts.backends.fused_blocks import Blocks, room
+from moefold.experts.backends.fused_ops import WRITTEN
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
@@ -214,7 +215,26 @@ def test_fused_has_room_for_every_padded_block():
             expert = torch.multinomial(share, rows, replacement=True)
             counts = torch.bincount(expert, minlength=experts)
             blocks = Blocks(counts, rows, like)
-            assert sum(blocks.sizes) <= fused_ops.room(rows, experts, like)
+            assert blocks.size <= room(rows, experts, like)
+
+
+def test_fused_takes_equally_many_rows_together():
+    #                 together | alone, none | too many for one block
+    counts = torch.tensor([3, 3, 3, 4, 0, 4, 700, 324, 700])
+    blocks = Blocks(counts, 2000, torch.empty(0))
+    assert [(b.first, b.experts, b.count) for b in blocks] == [
+        (0, 3, 9),
+        (3, 1, 4),
+        (5, 1, 4),
+        (6, 1, 700),
+        (7, 1, 324),
+        (8, 1, 700),
+    ]
+    whole = Blocks(torch.full((5,), 300), 1500, torch.empty(0))
+    assert [(b.first, b.experts) for b in whole] == [(0, 3), (3, 2)]
+    # bfloat16 blocks that are padded stay alone; 17 rows become 32
+    low = Blocks(torch.tensor([16, 16, 17, 17]), 66, torch.empty(0, dtype=torch.bfloat16))
+    assert [(b.first, b.experts, b.size) for b in low] == [(0, 2, 32), (2, 1, 32), (3, 1, 32)]
 
 
 @pytest.mark.compile  # it traces with symbolic sizes, which the typing hook takes for wrong types

@@ -28,10 +28,12 @@ from moefold.testing.problems import (
 
 Mix = Callable[[Tensor, SparseRouting, ExpertWeights], Tensor]
 
-# (rows of every expert, tokens, dim, width): some tokens have several rows and some none.
+# (rows of every expert, tokens, dim, width): some tokens have several rows and some none, some
+# experts equally many.
 SIZES = (
     ((33, 7, 64), 70, 40, 24),
     ((0, 29, 0, 41, 1, 0), 45, 37, 51),
+    ((16, 16, 0, 16, 16, 5), 20, 24, 12),
     ((5, 3), 9, 1, 1),
 )
 

@@ -16,18 +16,17 @@ With g the gradient at the tokens of the rows and d = g @ down, the gradients ar
 
 and those of the parameters g.T @ (w * hidden) and [grad_pre, grad_value].T @ x.
 
-A block of rows, its hidden rows and its result stay in cache from the first product to the sum:
-nothing of the size of all rows is made but `pre` and `value`.
+A block of rows (see `fused_blocks`), its hidden rows and its result stay in cache from the first
+product to the sum: nothing of the size of all rows is made but `pre` and `value`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Sequence
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from moefold.ops.grouped import padded, too_few_rows
+from moefold.experts.backends.fused_blocks import Block, Blocks, Scratch, room
 
 _aten = torch.ops.aten
 
@@ -69,93 +68,6 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
-@final
-class Blocks:
-    """Where the rows of every expert lie, and views of tensors by expert.
-
-    An operation from Python takes some microseconds, which adds up over dozens of experts: views
-    are made all at once, and of experts with rows only where these are few.
-
-    Attributes:
-        counts: rows of every expert, as long as the last that has one.
-        sizes: the same with the rows that pad a block, see `ops.grouped.padded`.
-        busy: the experts that have a row.
-    """
-
-    def __init__(self, rows_per_expert: Tensor, rows: int, like: Tensor) -> None:
-        self.counts = rows_per_expert.tolist()
-        if sum(self.counts) > rows:
-            raise ValueError(too_few_rows(sum(self.counts), rows))
-        self.sizes = [padded(count, like) if count else 0 for count in self.counts]
-        self.busy = [expert for expert, count in enumerate(self.counts) if count]
-        self.rows = rows
-
-    @property
-    def largest(self) -> int:
-        """Rows of the largest block."""
-        return max(self.sizes, default=0)
-
-    def own(self, of_row: Tensor) -> Sequence[Tensor]:
-        """Something of every row, by expert; the spare rows come last."""
-        return of_row.split([*self.counts, self.rows - sum(self.counts)])
-
-    def padded(self, of_padded: Tensor) -> Sequence[Tensor]:
-        """Something of every row of the padded blocks, by expert; what is not needed comes last."""
-        return of_padded.split([*self.sizes, of_padded.shape[0] - sum(self.sizes)])
-
-    def of_expert(self, stack: Tensor) -> Mapping[int, Tensor] | Sequence[Tensor]:
-        """Something of every expert."""
-        if 2 * len(self.busy) < stack.shape[0]:
-            return {expert: stack[expert] for expert in self.busy}
-        return stack.unbind(0)
-
-    def zero_idle(self, *stacks: Tensor) -> None:
-        """Write zeros for the experts without rows."""
-        ends = [-1, *self.busy, len(self.counts)]
-        for before, after in pairwise(ends):
-            if after - before > 1:
-                for stack in stacks:
-                    stack[before + 1 : after].zero_()
-
-
-def room(rows: int, experts: int, like: Tensor) -> int:
-    """Return the most rows that all padded blocks can have together: see `padded`."""
-    return rows if padded(1, like) == 1 else rows + rows // 32 + 16 * experts
-
-
-@final
-class Scratch:
-    """Memory for one block at a time by name, made at its first use for the largest block."""
-
-    def __init__(self, rows: int, like: Tensor) -> None:
-        self._rows, self._like = rows, like
-        self._views: dict[tuple[str, int], Tensor] = {}
-
-    def __call__(self, name: str, rows: int, width: int) -> Tensor:
-        """`[rows, width]`, with whatever was there."""
-        found = self._views.get((name, rows))
-        if found is None:
-            whole = self._views.get((name, self._rows))
-            if whole is None:
-                whole = self._like.new_empty(self._rows, width)
-                self._views[name, self._rows] = whole
-            self._views[name, rows] = found = whole.narrow(0, 0, rows)
-        return found
-
-    def gathered(self, name: str, source: Tensor, tokens: Tensor, size: int) -> Tensor:
-        """The tokens of a block's rows, with zeros for the rows that pad it."""
-        block = self(name, size, source.shape[1])
-        count = tokens.shape[0]
-        part = block if count == size else block[:count]
-        if source.dtype == block.dtype:
-            torch.index_select(source, 0, tokens, out=part)
-        else:
-            part.copy_(source.index_select(0, tokens))
-        if count < size:
-            block[count:].zero_()
-        return block
-
-
 # torch.compile caches graphs on disk by the name of an operator, with the shapes it returned then:
 # whoever changes how many rows are kept changes the name too.
 @torch.library.custom_op("moefold::fused_mixture", mutates_args=())
@@ -191,45 +103,65 @@ def mixture(
     """
     activate, width = WRITTEN[activation][0], down.shape[2]
     like = x.new_empty(0, dtype=work_dtype(dtype))
-    count = token_of_row.shape[0]
-    blocks = Blocks(rows_per_expert, count, like)
+    blocks = Blocks(rows_per_expert, token_of_row.shape[0], like)
     scratch = Scratch(blocks.largest, like)
-    kept_rows = room(count, up.shape[0], like) if keep else 0
+    kept_rows = room(token_of_row.shape[0], up.shape[0], like) if keep else 0
     kept = like.new_empty(kept_rows, width), like.new_empty(kept_rows if gated else 0, width)
-    pre, value = (blocks.padded(part) if part.shape[0] else None for part in kept)
+    if not len(blocks):
+        nothing = x.new_zeros(x.shape[0], down.shape[1], dtype=dtype)
+        return nothing, kept[0].zero_(), kept[1].zero_()
+    pres, values = (blocks.padded(part) if part.shape[0] else None for part in kept)
     # Sums over the experts of a token are rounded once, at their end.
     out = x.new_zeros(x.shape[0], down.shape[1], dtype=torch.promote_types(dtype, torch.float32))
     tokens = blocks.own(token_of_row)
     weights = None if weight_of_row is None else blocks.own(weight_of_row.to(out.dtype)[:, None])
     turned = up.transpose(1, 2)
-    to_pre = blocks.of_expert(turned[:, :, :width])
-    to_value = blocks.of_expert(turned[:, :, width:])
-    to_out = blocks.of_expert(down.transpose(1, 2))
-    for e in blocks.busy:
-        size = blocks.sizes[e]
-        rows = scratch.gathered("x", x, tokens[e], size)
-        first = scratch("pre", size, width) if pre is None else pre[e]
-        _linear(rows, to_pre[e], None if up_bias is None else up_bias[e, :width], first)
-        hidden = activate(first, out=scratch("hidden", size, width))
+    to_pre, to_value = (
+        Linears(blocks, turned[..., half], None if up_bias is None else up_bias[:, half])
+        for half in (slice(width), slice(width, None))
+    )
+    to_out = Linears(blocks, down.transpose(1, 2), down_bias)
+    for i, block in enumerate(blocks):
+        rows = scratch.gathered("x", x, tokens[i], block.size)
+        pre = scratch("pre", block.size, width) if pres is None else pres[i]
+        to_pre(i, block, rows, pre)
+        hidden = activate(pre, out=scratch("hidden", block.size, width))
         if gated:
-            second = scratch("value", size, width) if value is None else value[e]
-            _linear(rows, to_value[e], None if up_bias is None else up_bias[e, width:], second)
-            hidden.mul_(second)
-        result = scratch("out", size, down.shape[1])
-        _linear(hidden, to_out[e], None if down_bias is None else down_bias[e], result)
-        result = result if size == blocks.counts[e] else result[: blocks.counts[e]]
-        _add_at(out, tokens[e], result, None if weights is None else weights[e])
+            value = scratch("value", block.size, width) if values is None else values[i]
+            to_value(i, block, rows, value)
+            hidden.mul_(value)
+        result = scratch("out", block.size, down.shape[1])
+        to_out(i, block, hidden, result)
+        result = result if block.size == block.count else result[: block.count]
+        _add_at(out, tokens[i], result, None if weights is None else weights[i])
     for part in kept:
-        part[sum(blocks.sizes) :].zero_()
+        part[blocks.size :].zero_()
     return out.to(dtype), *kept
 
 
-def _linear(x: Tensor, matrix: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    matrix = _cast(matrix, x)
-    if bias is None:
-        return torch.mm(x, matrix, out=out)
-    # One operation, so that a low-precision sum is rounded once, as in functional.linear.
-    return torch.addmm(_cast(bias, x), x, matrix, out=out)
+@final
+class Linears:
+    """The linear layers of all experts, block by block.
+
+    Args:
+        blocks: the blocks.
+        matrices: `[experts, in, out]`.
+        biases: `[experts, out]` or None.
+    """
+
+    def __init__(self, blocks: Blocks, matrices: Tensor, biases: Tensor | None) -> None:
+        self._matrices = blocks.of(matrices)
+        self._biases = None if biases is None else blocks.of(biases.unsqueeze(1))
+
+    def __call__(self, i: int, block: Block, x: Tensor, out: Tensor) -> None:
+        """Write the layer of the i-th block's experts at x."""
+        matrix = _cast(self._matrices[i], x)
+        if self._biases is None:
+            _product(block.each(x), matrix, block.each(out))
+            return
+        # One operation, so that a low-precision sum is rounded once, as in functional.linear.
+        add = torch.addmm if block.experts == 1 else torch.baddbmm
+        add(_cast(self._biases[i], x), block.each(x), matrix, out=block.each(out))
 
 
 def _add_at(out: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
@@ -242,11 +174,13 @@ def _add_at(out: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write `left @ right`, whatever dtype it is wanted in."""
-    if out.dtype == left.dtype:
-        torch.mm(left, right, out=out)
-    else:
-        out.copy_(left @ right)
+    """Write `left @ right`, of matrices or of batches of them, in the dtype of `out`."""
+    same = out.dtype == left.dtype
+    # With out=, autocast cannot change the dtype when a backward pass runs inside of it.
+    made = out if same else out.new_empty(out.shape, dtype=left.dtype)
+    (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=made)
+    if not same:
+        out.copy_(made)
 
 
 @torch.library.custom_op("moefold::fused_mixture_backward", mutates_args=())
@@ -276,50 +210,54 @@ def mixture_backward(
     scratch = Scratch(blocks.largest, pre)
     of_x = of_x.to(torch.promote_types(x.dtype, torch.float32)).zero_()
     of_weight.zero_()
-    tokens, firsts = blocks.own(token_of_row), blocks.padded(pre)
-    seconds = blocks.padded(value) if gated else firsts
+    tokens, pres = blocks.own(token_of_row), blocks.padded(pre)
+    values = blocks.padded(value) if gated else pres
     weights = None if weight_of_row is None else _columns(blocks, weight_of_row, pre)
-    ups, downs = blocks.of_expert(up), blocks.of_expert(down)
+    ups, downs = blocks.of(up), blocks.of(down)
     of_weights = blocks.own(of_weight) if for_weight else tokens
-    of_ups = blocks.of_expert(of_up) if for_up else ups
-    of_downs = blocks.of_expert(of_down) if for_down else downs
-    for e in blocks.busy:
-        size, weight = blocks.sizes[e], None if weights is None else weights[e]
-        g = scratch.gathered("grad", grad, tokens[e], size)
-        hidden = activated = activate(firsts[e], out=scratch("activated", size, width))
+    of_ups = blocks.of(of_up) if for_up else ups
+    of_downs = blocks.of(of_down) if for_down else downs
+    for i, block in enumerate(blocks):
+        each, size, weight = block.each, block.size, None if weights is None else weights[i]
+        g = scratch.gathered("grad", grad, tokens[i], size)
+        hidden = activated = activate(pres[i], out=scratch("activated", size, width))
         if gated:
-            hidden = torch.mul(activated, seconds[e], out=scratch("hidden", size, width))
+            hidden = torch.mul(activated, values[i], out=scratch("hidden", size, width))
         of_hidden = scratch("of_hidden", size, width)
-        torch.mm(g, _cast(downs[e], g), out=of_hidden)
+        _product(each(g), _cast(downs[i], g), each(of_hidden))
         if for_weight:
             products = torch.mul(of_hidden, hidden, out=scratch("products", size, width))
-            products = products if size == blocks.counts[e] else products[: blocks.counts[e]]
-            torch.sum(products, 1, dtype=of_weight.dtype, out=of_weights[e])
+            products = products if size == block.count else products[: block.count]
+            torch.sum(products, 1, dtype=of_weight.dtype, out=of_weights[i])
             if down_bias is not None:
-                of_weights[e].add_((g @ _cast(down_bias[e], g))[: blocks.counts[e]])
+                bias = _cast(block.of(down_bias.unsqueeze(1)), g)
+                of_weights[i].add_((each(g) * bias).sum(-1).flatten()[: block.count])
         if for_down_bias:
             column = g.new_ones(size, 1) if weight is None else weight
-            _product(column.t(), g, of_down_bias[e].unsqueeze(0))
+            _product(each(column).mT, each(g), block.of(of_down_bias.unsqueeze(1)))
         if weight is not None:
             of_hidden.mul_(weight)
         of_first = scratch("of_first", size, up.shape[1])
         if gated:
             torch.mul(of_hidden, activated, out=of_first[:, width:])
-            of_hidden.mul_(seconds[e])
+            of_hidden.mul_(values[i])
         if for_down:
             # Nothing reads `hidden` after this.
-            _product(g.t(), hidden if weight is None else hidden.mul_(weight), of_downs[e])
+            weighed = hidden if weight is None else hidden.mul_(weight)
+            _product(each(g).mT, each(weighed), of_downs[i])
         if not (for_x or for_up or for_up_bias):
             continue
-        derivative(of_hidden, firsts[e], out=of_first[:, :width] if gated else of_first)
+        derivative(of_hidden, pres[i], out=of_first[:, :width] if gated else of_first)
         if for_up_bias:
-            _product(g.new_ones(1, size), of_first, of_up_bias[e].unsqueeze(0))
+            ones = g.new_ones(size, 1)
+            _product(each(ones).mT, each(of_first), block.of(of_up_bias.unsqueeze(1)))
         if for_up:
-            _product(of_first.t(), scratch.gathered("x", x, tokens[e], size), of_ups[e])
+            rows = scratch.gathered("x", x, tokens[i], size)
+            _product(each(of_first).mT, each(rows), of_ups[i])
         if for_x:
-            of_rows = torch.mm(of_first, _cast(ups[e], g), out=scratch("out", size, x.shape[1]))
-            of_rows = of_rows if size == blocks.counts[e] else of_rows[: blocks.counts[e]]
-            _add_at(of_x, tokens[e], of_rows, None)
+            of_rows = scratch("out", size, x.shape[1])
+            _product(each(of_first), _cast(ups[i], g), each(of_rows))
+            _add_at(of_x, tokens[i], of_rows[: block.count], None)
     return of_x.to(x.dtype), of_weight, of_up, of_down, of_up_bias, of_down_bias
 
 
@@ -328,13 +266,13 @@ def _cast(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _columns(blocks: Blocks, weight_of_row: Tensor, like: Tensor) -> Sequence[Tensor]:
-    """The weights of every expert's rows as a column, zero for the rows that pad its block."""
+    """The weights of every block's rows as a column, zero for the rows that pad it."""
     columns = blocks.own(_cast(weight_of_row, like)[:, None])
-    if sum(blocks.sizes) == sum(blocks.counts):
+    if not blocks.is_padded:
         return columns
     return [
-        torch.nn.functional.pad(column, (0, 0, 0, size - column.shape[0]))
-        for column, size in zip(columns, blocks.sizes, strict=False)
+        torch.nn.functional.pad(column, (0, 0, 0, block.size - block.count))
+        for column, block in zip(columns, blocks, strict=False)
     ]
 
 
