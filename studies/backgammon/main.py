@@ -11,8 +11,8 @@ from studies.backgammon.data import prepare
 from studies.backgammon.judging import STRENGTH, VERDICT, judge, judge_strength
 from studies.backgammon.report import publish, tables, write_plot
 from studies.backgammon.results import summarise
-from studies.backgammon.settings import ARMS, QUICK, Run, Settings
-from studies.backgammon.training import RUN, has_rate, place, rate_file, train, tune
+from studies.backgammon.settings import METHODS, QUICK, Run, Settings
+from studies.backgammon.training import RUN, place, rate_file, train, tune
 from studies.files import claim, read_json, write_json
 from studies.jobs import Job, one_thread, work
 from studies.options import options_of
@@ -40,7 +40,9 @@ def study(settings: Settings, source: Path, output: Path, processes: int) -> dic
     prepare(settings, output, processes)
     work(tuning_jobs(settings, output), processes)
     runs = unique(settings)
-    work([_training(settings, output, run, people_file) for run in runs], processes)
+    for later in (False, True):  # some begin with what others learnt
+        now = [run for run in runs if (run.after is not None) is later]
+        work([_training(settings, output, run, people_file) for run in now], processes)
     work([_judging(settings, output, run, people_file) for run in runs], processes)
     (strongest,) = settings.runs()["strongest"]
     last = Job(
@@ -58,6 +60,7 @@ def study(settings: Settings, source: Path, output: Path, processes: int) -> dic
 def unique(settings: Settings) -> list[Run]:
     """Every net once, those that take longest first."""
     runs = {run.name: run for part in settings.runs().values() for run in part}
+    runs |= {run.after.name: run.after for run in runs.values() if run.after is not None}
     return sorted(runs.values(), key=lambda run: -run.games * run.passes * run.hidden)
 
 
@@ -70,8 +73,7 @@ def tuning_jobs(settings: Settings, output: Path) -> list[Job]:
             call=tune,
             given=(settings, output, arm),
         )
-        for arm in ARMS
-        if has_rate(arm)
+        for arm in METHODS
     ]
 
 

@@ -153,16 +153,21 @@ def _people(results: Results) -> str:
 
 
 def _strongest(results: Results) -> str:
-    row = results["strongest"]
+    row, arms = results["strongest"], results["arms"]
+    stages = [row["after"], row]
+    minutes = (row["after"]["cpu_seconds"] + row["cpu_seconds"][0]) / 60
     rows = [
-        ("learns", f"`{row['arm']}`: {results['arms'][row['arm']]['says']}"),
         (
-            "from",
-            f"{row['games']:,} games, {row['passes']} passes, {_thousands(row['decisions'])} "
-            f"decisions",
+            "learns",
+            "; then ".join(
+                f"{stage['passes']} passes `{stage['arm']}`: {arms[stage['arm']]['says']}, rate "
+                f"{stage['rate']:g}"
+                for stage in stages
+            ),
         ),
+        ("from", f"{row['games']:,} games, {_thousands(row['decisions'])} decisions"),
         ("hidden units", str(row["hidden"])),
-        ("CPU time of training", f"{row['cpu_seconds'][0] / 60:.0f} minutes, one core"),
+        ("CPU time of training", f"{minutes:.0f} minutes, one core"),
         ("agreement, regret", f"{row['agreement']['mean']:.3f}, {row['regret']['mean']:.4f}"),
         *(
             (f"{name}, {match['games']:,} games", _interval(match["points"]))

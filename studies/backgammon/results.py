@@ -51,6 +51,7 @@ def summarise(settings: Settings, output: Path) -> dict[str, Any]:
         },
         "strongest": {
             **_one(output, [strongest]),
+            "after": read_json(place(output, strongest) / RUN)["after"],
             "matches": read_json(place(output, strongest) / STRENGTH),
         },
     }

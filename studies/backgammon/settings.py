@@ -39,6 +39,12 @@ ARMS: Mapping[str, Arm] = {
         loss_settings={"temperature": 0.05},
         by_equity=True,
     ),
+    "sharp": Arm(
+        says="the same of equities that count as further apart",
+        loss="listnet",
+        loss_settings={"temperature": 0.02},
+        by_equity=True,
+    ),
     "regression": Arm(
         says="the equity of each play, squared error",
         loss="equity",
@@ -85,6 +91,7 @@ class Run:
         passes: over their decisions.
         hidden: units of the net, of each expert if there are some.
         seed: of weights, order, and where among all games those of this run begin.
+        after: whose weights it begins with, None for new ones.
     """
 
     arm: str
@@ -92,6 +99,7 @@ class Run:
     passes: int
     hidden: int
     seed: int
+    after: "Run | None" = None
 
     @property
     def name(self) -> str:
@@ -118,6 +126,7 @@ class Settings:
         strongest: games, passes and hidden units of the net that is to be as strong as it can.
         strongest_arm: how that one learns.
         strongest_rate: its learning rate, which for so many steps is not that of the small ones.
+        strongest_then: how it learns after that: arm, passes and learning rate.
         last_pairs: of games of the strongest net, against PubEval and against gnubg's nets.
     """
 
@@ -130,11 +139,12 @@ class Settings:
     test: int = 400
     random_share: float = 0.05
     pairs: int = 1500
-    scorers: tuple[str, ...] = ("list", "experts")
+    scorers: tuple[str, ...] = ("list", "experts", "list-before", "experts-before")
     people: tuple[float, int, int] = (0.1, 6, 120)
     strongest: tuple[int, int, int] = (40000, 10, 320)
     strongest_arm: str = "soft"
     strongest_rate: float = 1e-2
+    strongest_then: tuple[str, int, float] = ("sharp", 6, 3e-3)
     last_pairs: int = 5000
 
     @property
@@ -169,8 +179,10 @@ class Settings:
             for arm in BY_SIZE:
                 add("sizes", arm, games, often, self.hidden)
         games, often, hidden = self.strongest
+        first = Run(arm=self.strongest_arm, games=games, passes=often, hidden=hidden, seed=0)
+        then, often, _ = self.strongest_then
         made["strongest"] = [
-            Run(arm=self.strongest_arm, games=games, passes=often, hidden=hidden, seed=0)
+            Run(arm=then, games=games, passes=often, hidden=hidden, seed=0, after=first)
         ]
         return made
 
@@ -182,7 +194,6 @@ class Settings:
 QUICK = Settings(
     seeds=(0, 1),
     hidden=8,
-    scorers=("list", "experts", "list-before", "experts-before"),
     games=((8, 1), (16, 1)),
     methods=16,
     tuning=(8, 1, 4),
@@ -191,6 +202,7 @@ QUICK = Settings(
     pairs=8,
     people=(0.1, 1, 8),
     strongest=(16, 1, 8),
+    strongest_then=("sharp", 1, 3e-3),
     last_pairs=8,
 )
 """A look at every part, in a few minutes; its numbers mean nothing."""

@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from moefold_backgammon.data import groups_of_choices
-from moefold_backgammon.net import groups_of, new_model, save_net
+from moefold_backgammon.net import groups_of, load_net, new_model, save_net
 
 from moefold.preference import FitConfig, Groups, PreferenceModel, fit, measure
 from moefold.preference.trainer import steps_of
 from studies.backgammon import absolute
 from studies.backgammon.data import decisions_of, games_of, held_out, people
-from studies.backgammon.settings import ARMS, Arm, Run, Settings
+from studies.backgammon.settings import ARMS, METHODS, Arm, Run, Settings
 from studies.files import read_json, write_json
 
 assert absolute.REGISTERED  # imported for the losses it registers
@@ -63,11 +63,10 @@ def train(settings: Settings, output: Path, run: Run, people_file: Path) -> None
     arm, folder = ARMS[run.arm], place(output, run)
     folder.mkdir(parents=True, exist_ok=True)
     groups = _groups(settings, output, run, people_file)
-    # Ways to learn that are not tuned by themselves are the list's, with another net.
-    tuned = rate_file(output, run.arm if has_rate(run.arm) else "list")
-    is_strongest = run in settings.runs()["strongest"]
-    rate = settings.strongest_rate if is_strongest else read_json(tuned)["rate"]
+    rate = _rate(settings, output, run)
     model = model_of(arm, run.hidden, run.seed)
+    if run.after is not None:
+        model.load_state_dict(load_net(place(output, run.after) / WEIGHTS).state_dict())
     config = FitConfig(epochs=run.passes, learning_rate=rate, seed=run.seed)
     began, cpu = time.perf_counter(), time.process_time()
     steps: list[int] = []
@@ -91,12 +90,20 @@ def train(settings: Settings, output: Path, run: Run, people_file: Path) -> None
         "cpu_seconds": of_all * (time.process_time() - cpu),
         "loss": history.loss[-1],
     }
+    if run.after is not None:
+        told["after"] = read_json(place(output, run.after) / RUN)
     write_json(folder / RUN, told)
 
 
-def has_rate(arm: str) -> bool:
-    """Whether an arm's learning rate is tuned: those of one net that are compared."""
-    return not ARMS[arm].sees_before and "num_experts" not in ARMS[arm].net
+def _rate(settings: Settings, output: Path, run: Run) -> float:
+    """The learning rate of a run."""
+    (strongest,) = settings.runs()["strongest"]
+    if run == strongest:
+        return settings.strongest_then[2]
+    if run == strongest.after:
+        return settings.strongest_rate
+    # Ways to learn that are not tuned by themselves are the list's, with another net.
+    return read_json(rate_file(output, run.arm if run.arm in METHODS else "list"))["rate"]
 
 
 def _groups(settings: Settings, output: Path, run: Run, people_file: Path) -> Groups:

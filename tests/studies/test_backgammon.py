@@ -20,13 +20,13 @@ from moefold_backgammon.pubeval import pubeval_scores
 
 from moefold.preference import ConsistentComparator, FitConfig, Groups, fit, preference_loss
 from moefold.preference.scorers import LinearScorer
-from studies.backgammon import report
+from studies.backgammon import report, training
 from studies.backgammon.data import games_of, to_learn_from
 from studies.backgammon.judging import PlayerWhoRemembers, by_game, information, phases
 from studies.backgammon.main import RESULTS, unique
 from studies.backgammon.results import summarise
 from studies.backgammon.settings import ARMS, QUICK, Run, Settings
-from studies.backgammon.training import has_rate, model_of, place, rate_file, train, tune
+from studies.backgammon.training import model_of, place, rate_file, train, tune
 from studies.files import claim, read_json
 from studies.tables import with_tables
 
@@ -135,7 +135,7 @@ def test_every_net_is_trained_once_and_the_largest_first():
     runs = unique(Settings())
     assert len({run.name for run in runs}) == len(runs)
     wanted = {run for part in Settings().runs().values() for run in part}
-    assert set(runs) == wanted
+    assert set(runs) == wanted | {run.after for run in wanted if run.after is not None}
     work = [run.games * run.passes * run.hidden for run in runs]
     assert work == sorted(work, reverse=True)
     shared = [run for run in Settings().runs()["sizes"] if run in Settings().runs()["methods"]]
@@ -173,11 +173,28 @@ def test_a_run_is_tuned_trained_and_can_be_opened(output: Path):
     found = read_json(place(output, run) / "run.json")
     assert found["decisions"] == len(games_of(output / "labels", 0, 4))
     assert load_net(place(output, run) / "net").loss == "listwise"
-    assert [name for name in ARMS if not has_rate(name)] == [
-        "experts",
-        "experts-before",
-        "list-before",
-    ]
+
+
+def test_the_strongest_begins_with_what_it_learnt_before(output: Path, monkeypatch):
+    settings = replace(TINY, strongest=(4, 1, 8), strongest_then=("sharp", 2, 5e-4))
+    (run,) = settings.runs()["strongest"]
+    assert run.after is not None
+    began: list[Any] = []
+
+    def watched(model, groups, config, **more):
+        began.append(({k: t.clone() for k, t in model.state_dict().items()}, config))
+        return fit(model, groups, config, **more)
+
+    monkeypatch.setattr(training, "fit", watched)
+    for one in (run.after, run):
+        train(settings, output, one, Path("nobody"))
+    (_, first), (weights, then) = began
+    learnt = load_net(place(output, run.after) / "net").state_dict()
+    assert all(torch.equal(weights[name], learnt[name]) for name in learnt)
+    assert (first.learning_rate, first.epochs) == (settings.strongest_rate, 1)
+    assert (then.learning_rate, then.epochs) == (5e-4, 2)
+    told = read_json(place(output, run) / "run.json")
+    assert (told["arm"], told["after"]["arm"]) == ("sharp", "soft")
 
 
 def test_a_player_who_remembers_chooses_by_both_positions(output: Path, tmp_path: Path):
