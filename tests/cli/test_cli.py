@@ -121,6 +121,7 @@ def test_flags_are_frozen(verb, capsys):
 def test_verbs_are_frozen(capsys):
     assert list(cli.VERBS) == [
         *(
+            "bench",
             "demo",
             "doctor",
             "evaluate",
@@ -295,7 +296,7 @@ REFUSED = {
     "upcycle dense --out vocab.txt/a/moe": "vocab.txt/a/moe: ",
     "plan dense --backend quick": "unknown backend 'quick'",
     "upcycle dense --out moe --backend quick": "unknown backend 'quick'",
-    "plna dense": "moefold: unknown verb 'plna'; did you mean 'plan'? There are: demo, doctor",
+    "plna dense": "moefold: unknown verb 'plna'; did you mean 'plan'? There are: bench, demo",
 }
 
 

@@ -6,10 +6,11 @@ from torch import nn
 from transformers import OlmoeConfig
 from transformers.models.olmoe.modeling_olmoe import OlmoeExperts
 
-from moefold.experts import Experts, backends
+from moefold.experts import Experts
+from moefold.experts.backends import PRIORITY
 from tests.routers.common import untyped
 
-each_backend = pytest.mark.parametrize("backend", [*backends.names(), "auto"])
+each_backend = pytest.mark.parametrize("backend", [*PRIORITY, "auto"])
 
 
 @each_backend

@@ -143,3 +143,11 @@ def test_nothing_mixes_into_nothing(batch, tokens):
     rows = routing.dispatch(torch.randn(batch, tokens, 5, dtype=torch.float64))
     assert torch.equal(rows, torch.zeros(3 * batch * 2, 5, dtype=torch.float64))
     assert routing.combine(rows).shape == (batch, tokens, 5)
+
+
+def test_a_routing_needs_weights_or_what_makes_them():
+    half, grouping = torch.full((1, 2, 1, 1), 0.5), Grouping("sequence", 1, 2)
+    with pytest.raises(ValueError, match="dispatch_weight together with combine_weight"):
+        SoftRouting(grouping=grouping, dispatch_weight=half)
+    with pytest.raises(ValueError, match="no weights, and not both logits and maps"):
+        SoftRouting(grouping=grouping, logits=half)

@@ -14,6 +14,7 @@ from importlib import import_module
 from importlib.metadata import version
 
 VERBS = {
+    "bench": ("moefold.cli.bench:main", "time layers and models beside dense ones and peers"),
     "demo": ("moefold.cli.demo:main", "upcycle a real encoder, train it beside its dense twin"),
     "doctor": ("moefold.cli.doctor:main", "what this machine has, and which backends can run"),
     "evaluate": ("moefold.cli.evaluate:main", "what a model is worth as an encoder of texts: mteb"),

@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moefold.ops import kernels
+
 Count = int | Int[Tensor, " groups"]
 
 LONG = 4096
@@ -40,11 +42,13 @@ def top(
         valid: which scores take part, all if None. Never marks more than take part.
         most: no count is larger; saves sorting the rest.
     """
-    if valid is not None:
-        scores = scores.masked_fill(~valid, -torch.inf)
     size = scores.shape[dim]
     if size == 0 or (isinstance(count, int) and count == 0):
         return torch.zeros_like(scores, dtype=torch.bool)
+    if kernels.serve(scores):
+        return _top_by_kernel(scores, count, dim, valid)
+    if valid is not None:
+        scores = scores.masked_fill(~valid, -torch.inf)
     if _can_partition(scores, dim):
         count = count if isinstance(count, int) else per_group(count, scores)
         last = last_by_partition(scores, count)
@@ -56,6 +60,21 @@ def top(
         last = last_taken(ordered, count, dim)
     marked = mark(scores, last, count, dim)
     return marked if valid is None else marked & valid
+
+
+def _top_by_kernel(scores: Tensor, count: Count, dim: int, valid: Tensor | None) -> Tensor:
+    """The same by a kernel, along rows: in one program each, or by radix where they are long."""
+    from moefold.ops.triton.radix import mark_long
+    from moefold.ops.triton.select import SHORT, mark_short
+
+    along = scores.detach().movedim(dim, -1)
+    rows = along.reshape(-1, along.shape[-1]).contiguous()
+    if valid is not None:
+        valid = valid.movedim(dim, -1).reshape(rows.shape).contiguous()
+    counts, number = (None, count) if isinstance(count, int) else (count.contiguous(), 0)
+    of_group = max(rows.shape[0] // max(scores.shape[0], 1), 1)
+    mark_rows = mark_short if rows.shape[1] <= SHORT else mark_long
+    return mark_rows(rows, valid, counts, number, of_group).reshape(along.shape).movedim(-1, dim)
 
 
 def _can_partition(scores: Tensor, dim: int) -> bool:

@@ -182,14 +182,6 @@ class SparseTransport:
         )
 
 
-def softmax_over_tokens(logits: Tensor, valid: Valid) -> Tensor:
-    """Softmax over the real tokens of each group; zero for padding and in an empty group."""
-    shares = _hide_padding(logits, valid).softmax(1)
-    if valid is None:
-        return shares
-    return shares * valid.reshape(*valid.shape, *(1 for _ in logits.shape[2:]))
-
-
 def _hide_padding(logits: Tensor, valid: Valid) -> Tensor:
     """Logits that are as low as can be where there is no real token: finite in an empty group."""
     if valid is None:

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moefold.ops import kernels
+from moefold.ops.soft import SoftMaps, combine_weight, dispatch_weight
 from moefold.routers.base import (
     AbstractRouter,
     check_at_least_zero,
@@ -18,7 +20,6 @@ from moefold.routers.base import (
     float32_or_better,
     in_full_precision,
 )
-from moefold.routers.score import softmax_over_tokens
 from moefold.routing import Group, Routing, SoftRouting
 
 _EPSILON = 1e-6
@@ -85,14 +86,12 @@ class SoftRouter(AbstractRouter):
             self.check_finite(logits.flatten(1), None)
             if self.noise_std and self.training:
                 logits = logits + torch.randn_like(logits) * self.noise_std
-            combine = logits.flatten(2).softmax(-1).reshape(logits.shape)
-            if valid is not None:
-                combine = combine * valid[:, :, None, None]
-            dispatch = softmax_over_tokens(logits, valid)
-        return SoftRouting(
-            dispatch_weight=dispatch,
-            combine_weight=combine,
-            grouping=grouping,
-            mask=mask,
-            logits=logits,
-        )
+            if kernels.serve(logits):
+                return SoftRouting(logits=logits, maps=SoftMaps(), grouping=grouping, mask=mask)
+            return SoftRouting(
+                dispatch_weight=dispatch_weight(logits, valid),
+                combine_weight=combine_weight(logits, valid),
+                grouping=grouping,
+                mask=mask,
+                logits=logits,
+            )

@@ -24,6 +24,7 @@ from moefold.routers.base import (
 )
 from moefold.routers.choice import Choice, TopExperts
 from moefold.routers.compete import Competition
+from moefold.routers.fused import routed
 from moefold.routers.inference import (
     Known,
     MembershipHead,
@@ -228,12 +229,16 @@ def _by_group(
     noisy = logits + torch.randn_like(logits) * noise_std if noise_std else logits
 
     clean, scored = grouping.split(logits), grouping.split(noisy)
-    scores = recipe.score(scored, valid)
-    contest = scores.detach()
-    if adapt is not None and state is not None:
-        contest = adapt.shift(contest, state)
-    chosen, wanted, most_rows = recipe.choice(contest, valid, router.training)
-    weights = recipe.weight(scores, scored, clean, chosen)
+    fused = routed(recipe.score, recipe.choice, recipe.weight, adapt, scored, valid, state)
+    if fused is not None:
+        scores, (chosen, wanted, most_rows), weights = fused
+    else:
+        scores = recipe.score(scored, valid)
+        contest = scores.detach()
+        if adapt is not None and state is not None:
+            contest = adapt.shift(contest, state)
+        chosen, wanted, most_rows = recipe.choice(contest, valid, router.training)
+        weights = recipe.weight(scores, scored, clean, chosen)
     return {
         "chosen": grouping.merge(chosen),
         "weights": grouping.merge(weights),

@@ -8,6 +8,7 @@ weights D and combine weights C, the rows are `D^T X` and the result is `C Y`.
 """
 
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,30 +16,135 @@ from torch import Tensor
 
 from moefold.routing.grouping import Grouping
 
+Weights = Float[Tensor, "groups members experts slots"]
+Real = Bool[Tensor, "groups members"] | None
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+
+@runtime_checkable
+class Maps(Protocol):
+    """Makes weights and maps of logits, so that a routing need not keep the weights."""
+
+    def dispatch_weight(self, logits: Weights, real: Real) -> Weights:
+        """For each slot a distribution over the real tokens."""
+        ...
+
+    def combine_weight(self, logits: Weights, real: Real) -> Weights:
+        """For each real token a distribution over the slots."""
+        ...
+
+    def dispatch(
+        self, logits: Weights, x: Float[Tensor, "groups members dim"], real: Real
+    ) -> Float[Tensor, "rows dim"]:
+        """Tokens to rows."""
+        ...
+
+    def combine(
+        self, logits: Weights, rows: Float[Tensor, "rows dim"], real: Real
+    ) -> Float[Tensor, "groups members dim"]:
+        """Rows to tokens."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False, init=False)
 class SoftRouting:
     """How much of every token is in every row, and of every row in every token.
 
+    It is given its weights, or logits and a way to make weights of them. Then `dispatch_weight` and
+    `combine_weight` are made anew each time somebody asks: they need as much memory as the logits.
+
     Attributes:
-        dispatch_weight: for each slot a distribution over the real tokens of its group (all zero in
-            a group without real tokens).
-        combine_weight: for each real token a distribution over all slots; zero for padding.
         grouping: which tokens mix, and the shape of the input.
         mask: True for real tokens, None if all are.
         logits: what both distributions were made of.
+        maps: makes weights and maps of the logits; None where the weights were given.
+        given: dispatch and combine weights, None where logits make them.
     """
 
-    dispatch_weight: Float[Tensor, "groups members experts slots"]
-    combine_weight: Float[Tensor, "groups members experts slots"]
     grouping: Grouping
-    mask: Bool[Tensor, "batch tokens"] | None = None
-    logits: Float[Tensor, "groups members experts slots"] | None = None
+    mask: Bool[Tensor, "batch tokens"] | None
+    logits: Weights | None
+    maps: Maps | None
+    given: tuple[Tensor, Tensor] | None
+
+    def __init__(
+        self,
+        *,
+        grouping: Grouping,
+        dispatch_weight: Weights | None = None,
+        combine_weight: Weights | None = None,
+        mask: Bool[Tensor, "batch tokens"] | None = None,
+        logits: Weights | None = None,
+        maps: Maps | None = None,
+    ) -> None:
+        """Take the weights, or what makes them.
+
+        Args:
+            grouping: see the attribute.
+            dispatch_weight: see the property.
+            combine_weight: see the property.
+            mask: see the attribute.
+            logits: see the attribute.
+            maps: see the attribute.
+
+        Raises:
+            ValueError: there are neither weights nor logits and maps.
+        """
+        given = None
+        if dispatch_weight is not None and combine_weight is not None and maps is None:
+            given = dispatch_weight, combine_weight
+        elif dispatch_weight is not None or combine_weight is not None:
+            raise ValueError(
+                "a soft routing takes dispatch_weight together with combine_weight and without "
+                "maps; give both weights, or logits and maps."
+            )
+        elif logits is None or maps is None:
+            raise ValueError(
+                "a soft routing was given no weights, and not both logits and maps to make them; "
+                "give dispatch_weight and combine_weight, or logits and maps."
+            )
+        for name, value in (
+            ("grouping", grouping),
+            ("mask", mask),
+            ("logits", logits),
+            ("maps", maps),
+            ("given", given),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def dispatch_weight(self) -> Weights:
+        """For each slot a distribution over the real tokens of its group.
+
+        All zero in a group without real tokens.
+        """
+        if self.given is not None:
+            return self.given[0]
+        assert self.maps is not None
+        return self.maps.dispatch_weight(self._like, self._real)
+
+    @property
+    def combine_weight(self) -> Weights:
+        """For each real token a distribution over all slots; zero for padding."""
+        if self.given is not None:
+            return self.given[1]
+        assert self.maps is not None
+        return self.maps.combine_weight(self._like, self._real)
+
+    @property
+    def _like(self) -> Tensor:
+        """A tensor of the shape of both weights: the logits, where these make the weights."""
+        shaped = self.logits if self.given is None else self.given[0]
+        assert shaped is not None
+        return shaped
+
+    @property
+    def _real(self) -> Tensor | None:
+        return None if self.mask is None else self.grouping.split(self.mask)
 
     @property
     def num_experts(self) -> int:
         """Number of experts."""
-        return self.dispatch_weight.shape[2]
+        return self._like.shape[2]
 
     @property
     def num_tokens(self) -> int:
@@ -48,18 +154,20 @@ class SoftRouting:
     @property
     def rows_per_expert(self) -> Int[Tensor, " experts"]:
         """Number of rows of every expert: slots times groups, the same for all."""
-        groups, _, experts, slots = self.dispatch_weight.shape
-        return torch.full((experts,), groups * slots, device=self.dispatch_weight.device)
+        groups, _, experts, slots = self._like.shape
+        return torch.full((experts,), groups * slots, device=self._like.device)
 
     @property
     def expert_of_row(self) -> Int[Tensor, " rows"]:
         """Expert of every row."""
-        groups, _, experts, slots = self.dispatch_weight.shape
-        expert = torch.arange(experts, device=self.dispatch_weight.device)
+        groups, _, experts, slots = self._like.shape
+        expert = torch.arange(experts, device=self._like.device)
         return expert.repeat_interleave(groups * slots)
 
     def dispatch(self, x: Float[Tensor, "batch tokens dim"]) -> Float[Tensor, "rows dim"]:
         """Tokens to rows: every row is a weighted mean of the tokens of its group."""
+        if self.maps is not None:
+            return self.maps.dispatch(self._like, self.grouping.split(x), self._real)
         if self.mask is not None:
             # A padding token may hold anything; zero times infinity would not be zero.
             x = torch.where(self.mask.unsqueeze(-1), x, torch.zeros_like(x))
@@ -74,7 +182,9 @@ class SoftRouting:
 
     def combine(self, rows: Float[Tensor, "rows dim"]) -> Float[Tensor, "batch tokens dim"]:
         """Rows to tokens: every real token is a weighted mean of all rows of its group."""
-        groups, _, experts, slots = self.combine_weight.shape
+        if self.maps is not None:
+            return self.grouping.merge(self.maps.combine(self._like, rows, self._real))
+        groups, _, experts, slots = self._like.shape
         by_group = rows.reshape(experts, groups, slots, rows.shape[1])
         mixed = torch.einsum("gmes,egsd->gmd", self.combine_weight.to(rows.dtype), by_group)
         return self.grouping.merge(mixed)

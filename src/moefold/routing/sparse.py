@@ -23,6 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moefold.ops import kernels
 from moefold.routing.grouping import Grouping
 
 
@@ -83,6 +84,20 @@ class SparseRouting:
             **extra: the optional attributes of the routing.
         """
         batch, tokens, experts = chosen.shape
+        if kernels.serve(weights):
+            from moefold.ops.triton.rows import list_rows
+
+            size = chosen.numel() if most_rows is None else most_rows
+            token, weight, rows_per_expert, *_ = list_rows(
+                chosen.reshape(-1, experts), weights.reshape(-1, experts), size
+            )
+            return cls(
+                token_of_row=token,
+                weight_of_row=weight,
+                rows_per_expert=rows_per_expert,
+                grouping=grouping or Grouping("sequence", batch, tokens),
+                **extra,  # pyright: ignore[reportArgumentType]
+            )
         by_expert = chosen.reshape(batch * tokens, experts).t()
         if torch.compiler.is_compiling() or chosen.device.type in ("cuda", "meta"):
             size = chosen.numel() if most_rows is None else most_rows

@@ -239,7 +239,9 @@ def compiles(case: BackendCase) -> str | None:
     if not case.compile:
         return "it takes seconds; ask for it by compile=True"
     given = case.problem((6, 0, 11), 16, 8, spare=4)
-    refused: list[str] = []
+    if reasons := _reasons(case, given.to(torch.float32)):
+        return "; ".join(reasons)
+    refused: list[str] = []  # what it says of a graph
 
     def compute(rows: Tensor, counts: Tensor, weights: ExpertWeights) -> Tensor:
         if torch.compiler.is_compiling():

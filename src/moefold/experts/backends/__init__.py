@@ -9,9 +9,11 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moefold.experts.backends.base import AbstractBackend, AbstractMixer, ExpertWeights
+from moefold.experts.backends.from_transformers import TransformersBackend
 from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.experts.backends.reference import ReferenceBackend
+from moefold.experts.backends.triton import TritonBackend
 from moefold.registry import Registry
 
 AUTO = "auto"
@@ -25,6 +27,17 @@ backends.register(
 )
 backends.register("grouped", GroupedBackend(), summary="two grouped products (CPU, CUDA)")
 backends.register("reference", ReferenceBackend(), summary="a loop over experts: the definition")
+backends.register(
+    "triton", TritonBackend(), summary="kernels of our own, from tokens to tokens (CUDA, untimed)"
+)
+for _function, _summary in (
+    ("grouped_mm", "transformers' function of torch's grouped product"),
+    ("batched_mm", "transformers' function of one batched product, a matrix for each row"),
+    ("sonicmoe", "transformers' function of SonicMoE's kernels, from the hub (Hopper)"),
+    ("deepgemm", "transformers' function of DeepGEMM's kernels, from the hub (Hopper)"),
+):
+    _name = f"transformers-{_function.replace('_', '-')}"
+    backends.register(_name, TransformersBackend(_function), summary=_summary)
 
 
 class Verdict(NamedTuple):

@@ -110,7 +110,7 @@ def mixture(
     if not len(blocks):
         nothing = x.new_zeros(x.shape[0], down.shape[1], dtype=dtype)
         return nothing, kept[0].zero_(), kept[1].zero_()
-    pres, values = (blocks.padded(part) if part.shape[0] else None for part in kept)
+    firsts, seconds = (blocks.padded(part) if part.shape[0] else None for part in kept)
     # Sums over the experts of a token are rounded once, at their end.
     out = x.new_zeros(x.shape[0], down.shape[1], dtype=torch.promote_types(dtype, torch.float32))
     tokens = blocks.own(token_of_row)
@@ -123,11 +123,11 @@ def mixture(
     to_out = Linears(blocks, down.transpose(1, 2), down_bias)
     for i, block in enumerate(blocks):
         rows = scratch.gathered("x", x, tokens[i], block.size)
-        pre = scratch("pre", block.size, width) if pres is None else pres[i]
+        pre = scratch("pre", block.size, width) if firsts is None else firsts[i]
         to_pre(i, block, rows, pre)
         hidden = activate(pre, out=scratch("hidden", block.size, width))
         if gated:
-            value = scratch("value", block.size, width) if values is None else values[i]
+            value = scratch("value", block.size, width) if seconds is None else seconds[i]
             to_value(i, block, rows, value)
             hidden.mul_(value)
         result = scratch("out", block.size, down.shape[1])
@@ -210,8 +210,8 @@ def mixture_backward(
     scratch = Scratch(blocks.largest, pre)
     of_x = of_x.to(torch.promote_types(x.dtype, torch.float32)).zero_()
     of_weight.zero_()
-    tokens, pres = blocks.own(token_of_row), blocks.padded(pre)
-    values = blocks.padded(value) if gated else pres
+    tokens, firsts = blocks.own(token_of_row), blocks.padded(pre)
+    seconds = blocks.padded(value) if gated else firsts
     weights = None if weight_of_row is None else _columns(blocks, weight_of_row, pre)
     ups, downs = blocks.of(up), blocks.of(down)
     of_weights = blocks.own(of_weight) if for_weight else tokens
@@ -220,9 +220,9 @@ def mixture_backward(
     for i, block in enumerate(blocks):
         each, size, weight = block.each, block.size, None if weights is None else weights[i]
         g = scratch.gathered("grad", grad, tokens[i], size)
-        hidden = activated = activate(pres[i], out=scratch("activated", size, width))
+        hidden = activated = activate(firsts[i], out=scratch("activated", size, width))
         if gated:
-            hidden = torch.mul(activated, values[i], out=scratch("hidden", size, width))
+            hidden = torch.mul(activated, seconds[i], out=scratch("hidden", size, width))
         of_hidden = scratch("of_hidden", size, width)
         _product(each(g), _cast(downs[i], g), each(of_hidden))
         if for_weight:
@@ -240,14 +240,14 @@ def mixture_backward(
         of_first = scratch("of_first", size, up.shape[1])
         if gated:
             torch.mul(of_hidden, activated, out=of_first[:, width:])
-            of_hidden.mul_(values[i])
+            of_hidden.mul_(seconds[i])
         if for_down:
             # Nothing reads `hidden` after this.
             weighed = hidden if weight is None else hidden.mul_(weight)
             _product(each(g).mT, each(weighed), of_downs[i])
         if not (for_x or for_up or for_up_bias):
             continue
-        derivative(of_hidden, pres[i], out=of_first[:, :width] if gated else of_first)
+        derivative(of_hidden, firsts[i], out=of_first[:, :width] if gated else of_first)
         if for_up_bias:
             ones = g.new_ones(size, 1)
             _product(each(ones).mT, each(of_first), block.of(of_up_bias.unsqueeze(1)))

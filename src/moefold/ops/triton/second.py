@@ -1,0 +1,136 @@
+"""A product per row: every row times the matrix of its expert.
+
+    out[r] = matrices[e] @ rows[r] + bias[e]
+
+Used for the second product of experts and, with transposed matrices, for the gradient of rows.
+Results are not added up per token here: on recent devices a second pass that gathers is faster than
+a product that scatters (SonicMoE, arXiv:2512.14080), and its sum has one order: see `combine`.
+
+Shapes: `rows in` in, `rows out` out, matrices `experts out in` with any strides.
+"""
+
+# ruff: noqa: N803 - constants are written large in kernels
+# pyright: reportCallIssue=false
+
+from typing import no_type_check
+
+import triton
+from jaxtyping import Float
+from torch import Tensor
+from triton import language as tl
+
+from moefold.ops.triton.blocks import Blocks, precision_of
+from moefold.ops.triton.pieces import dot, place, read, rows_of
+from moefold.ops.triton.schedule import Schedule
+
+GROUP = 8
+
+
+def second(
+    rows: Float[Tensor, "rows in"],
+    matrices: Float[Tensor, "experts out in"],
+    bias: Float[Tensor, "experts out"] | None,
+    tiles: Schedule,
+    blocks: Blocks,
+    out: Float[Tensor, "rows out"],
+    clear_spare: bool,
+) -> None:
+    """Write `out`; spare rows as zeros if `clear_spare`, else they are left unwritten.
+
+    Args:
+        rows: sorted by expert, contiguous.
+        matrices: any strides.
+        bias: added to the product.
+        tiles: made for `blocks.rows`.
+        blocks: sizes of tiles.
+        out: written, contiguous.
+        clear_spare: whether anybody reads spare rows.
+    """
+    columns = triton.cdiv(out.shape[1], blocks.columns)
+    count = tiles.expert_of_tile.shape[0]
+    _second[(count * columns,)](
+        rows,
+        matrices,
+        matrices if bias is None else bias,
+        out,
+        *tiles,
+        count,
+        matrices.shape[0],
+        rows.shape[1],
+        out.shape[1],
+        *matrices.stride(),
+        *((0, 0) if bias is None else bias.stride()),
+        BIAS=bias is not None,
+        CLEAR_SPARE=clear_spare,
+        PRECISION=precision_of(rows),
+        RAGGED_DEPTH=rows.shape[1] % blocks.depth != 0,
+        RAGGED_COLUMNS=out.shape[1] % blocks.columns != 0,
+        ROWS=blocks.rows,
+        COLUMNS=blocks.columns,
+        DEPTH=blocks.depth,
+        GROUP=GROUP,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+
+
+@triton.jit
+@no_type_check
+def _second(
+    rows,
+    matrices,
+    bias,
+    out,
+    expert_of_tile,
+    row_bounds,
+    tile_bounds,
+    tiles,
+    experts,
+    terms,
+    width,
+    matrix_expert,
+    matrix_row,
+    matrix_column,
+    bias_expert,
+    bias_column,
+    BIAS: tl.constexpr,
+    CLEAR_SPARE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RAGGED_DEPTH: tl.constexpr,
+    RAGGED_COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    columns = (width + COLUMNS - 1) // COLUMNS
+    tile, column = place(tl.program_id(0), tiles, columns, GROUP)
+    expert = tl.load(expert_of_tile + tile)
+    if expert > experts:
+        return
+    row, real = rows_of(tile, expert, row_bounds, tile_bounds, ROWS)
+    at = column * COLUMNS + tl.arange(0, COLUMNS)
+    inside = at < width
+    there = out + row[:, None] * width + at[None, :]
+    stored = real[:, None] & inside[None, :]
+    total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
+    if expert == experts:
+        if CLEAR_SPARE:
+            tl.store(there, total.to(out.dtype.element_ty), mask=stored)
+        return
+    depth = tl.arange(0, DEPTH)
+    left = rows + row[:, None] * terms + depth[None, :]
+    own = matrices + expert.to(tl.int64) * matrix_expert
+    right = own + at[None, :] * matrix_row + depth[:, None] * matrix_column
+    masked: tl.constexpr = RAGGED_DEPTH or RAGGED_COLUMNS
+    for start in range(0, terms, DEPTH):
+        within = depth < terms - start
+        a = read(left, within[None, :], RAGGED_DEPTH)
+        b = read(right, within[:, None] & inside[None, :], masked)
+        total = dot(a, b, total, PRECISION)
+        left += DEPTH
+        right += DEPTH * matrix_column
+    if BIAS:
+        term = bias + expert.to(tl.int64) * bias_expert + at * bias_column
+        total += tl.load(term, mask=inside, other=0.0).to(tl.float32)[None, :]
+    tl.store(there, total.to(out.dtype.element_ty), mask=stored)
