@@ -67,6 +67,7 @@ lint: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	set -e; for file in benchmarks/*/*.py; do $(BIN)/python $$file; done
+	$(BIN)/moefold bench
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .import_linter_cache
