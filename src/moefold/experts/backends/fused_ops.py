@@ -58,8 +58,8 @@ WRITTEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype that products of this one are computed in.
 
-    A processor without bfloat16 or float16 units multiplies such matrices up to fifty times slower
-    than float32 ones; there a block is cast, computed in float32 and rounded once, at its end.
+    A processor without instructions for bfloat16 or float16 multiplies such matrices tens of times
+    slower than float32 ones; there a block is cast, computed in float32 and rounded at its end.
     """
     if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.float32
