@@ -11,6 +11,7 @@ import pytest
 
 from moefold import MoEConfig, routers
 from moefold.experts import AbstractBackend, backends
+from moefold.experts.backends import PRIORITY
 from moefold.registry import Registry
 from moefold.testing import check_backend, check_layer, check_router, without_a_case
 
@@ -120,7 +121,11 @@ def test_no_router_is_without_a_case():
 @pytest.mark.parametrize("name", backends.names())
 def test_every_registered_backend_keeps_the_contract(name: str):
     report = check_backend(name)
-    assert {"float32", "spare rows", "no rows"} <= set(report.ran)
+    # What "auto" may choose runs here. Others, which run when they are named, may refuse this
+    # machine or these widths; each has tests of its own for what it computes.
+    if name in PRIORITY:
+        assert {"float32", "spare rows", "no rows"} <= set(report.ran)
+    assert all(report.skipped.values())
 
 
 def test_a_member_without_a_case_is_noticed():
