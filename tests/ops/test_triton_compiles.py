@@ -1,11 +1,8 @@
 """Kernels of routers compile for GPUs, with what they are launched with."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.ops.triton_apart import run_compiled
 
 pytest.importorskip("triton")
 
@@ -70,14 +67,5 @@ assert set(found) == expected, found
     "calls", [SELECT, RADIX, ROWS, SOFT], ids=["select", "radix", "rows", "soft"]
 )
 def test_kernels_compile(calls, capability, tmp_path):
-    surroundings = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    surroundings["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(calls=calls, capability=capability)],
-        cwd=Path(__file__).parents[2],
-        env=surroundings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_compiled(SCRIPT.format(calls=calls, capability=capability), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -4,12 +4,9 @@ The operators run on tensors without data, and whatever looked at a number of th
 raise: so this is also where they are seen to wait for nothing.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
+
+from tests.ops.triton_apart import run_compiled
 
 pytest.importorskip("triton")
 
@@ -51,14 +48,5 @@ assert found["_outer"] == 2 * len(CASES), found
 @pytest.mark.slow
 @pytest.mark.parametrize(("capability", "precision"), [(86, "highest"), (90, "high")])
 def test_kernels_compile(capability, precision, tmp_path):
-    surroundings = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    surroundings["TRITON_CACHE_DIR"] = str(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT.format(capability=capability, precision=precision)],
-        cwd=Path(__file__).parents[2],
-        env=surroundings,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_compiled(SCRIPT.format(capability=capability, precision=precision), tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

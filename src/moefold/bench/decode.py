@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefold.bench.agreement import DTYPES, draw_inputs
-from moefold.bench.layers import reference
 from moefold.bench.peers import AbstractPeer
 from moefold.bench.settings import Settings
 from moefold.bench.shapes import Shape
@@ -54,23 +52,18 @@ def run_decode(
     Returns:
         As JSON knows it: `shape`, `dtype`, and for each number of tokens a record of each variant.
     """
-    dtype, device = DTYPES[dtype_name], settings.device
-    clock = clock_of(device, settings.clock)
+    clock = clock_of(settings.device, settings.clock)
     points = []
     for number in settings.decode_tokens:
         said(f"{shape.name}, {dtype_name}, {number} tokens: checking and timing")
-        torch.manual_seed(settings.seed)
         small = replace(shape, tokens=number, sequences=1)
-        master = reference(small, device, dtype)
-        inputs = draw_inputs(small, master, settings.rounds + settings.warmup, dtype, device)
-        back = torch.randn(inputs[0].shape).to(device, dtype)
-        entrance = Entrance(small, dtype_name, device, master, inputs, back)
+        entrance = Entrance.of_run(small, dtype_name, settings)
         timed, records = entrance.all(settings.backends, peers)
         timed = {name: v for name, v in timed.items() if "not_compared" not in v.record}
         passes = {name: _inference_pass(variant.layer) for name, variant in timed.items()}
         seconds = interleave(
             passes,
-            [x.detach() for x in inputs],
+            [x.detach() for x in entrance.inputs],
             clock,
             warmup=settings.warmup,
             progress=progress,

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefold.bench.agreement import DTYPES, TOLERANCE, draw_inputs
-from moefold.bench.layers import reference
+from moefold.bench.agreement import DTYPES, TOLERANCE
 from moefold.bench.memory import parameter_bytes, peak_bytes
 from moefold.bench.peers import AbstractPeer
 from moefold.bench.settings import Settings
@@ -60,12 +59,9 @@ def run_layer(
         As JSON knows it: `shape`, `dtype`, and a record for each variant.
     """
     dtype, device = DTYPES[dtype_name], settings.device
-    torch.manual_seed(settings.seed)
-    master = reference(shape, device, dtype)
-    inputs = draw_inputs(shape, master, settings.rounds + settings.warmup, dtype, device)
-    back = torch.randn(inputs[0].shape).to(device, dtype)
+    entrance = Entrance.of_run(shape, dtype_name, settings)
+    inputs, back = entrance.inputs, entrance.back
     said(f"{shape.name}, {dtype_name}: checking")
-    entrance = Entrance(shape, dtype_name, device, master, inputs, back)
     timed, records = entrance.all(settings.backends, peers)
     del entrance  # it holds the gradients that were compared
 

@@ -14,11 +14,13 @@ from moefold.bench.agreement import (
     DTYPES,
     TOLERANCE,
     disagreement,
+    draw_inputs,
     gradients_of,
     outcome,
 )
-from moefold.bench.layers import After, copy_weights, dense, ours
+from moefold.bench.layers import After, copy_weights, dense, ours, reference
 from moefold.bench.peers import AbstractPeer, Built, Given
+from moefold.bench.settings import Settings
 from moefold.bench.shapes import Shape
 from moefold.experts.backends import AUTO, backends
 from moefold.moe import MoE
@@ -76,6 +78,16 @@ class Entrance:
         self.back = back
         self.most_rows = _most_rows(master, inputs)
         self._wanted: dict[str, Tensor] | None = None
+
+    @classmethod
+    def of_run(cls, shape: Shape, dtype_name: str, settings: Settings) -> "Entrance":
+        """For a run: its reference, an input for each of its rounds, and a gradient."""
+        dtype, device = DTYPES[dtype_name], settings.device
+        torch.manual_seed(settings.seed)
+        master = reference(shape, device, dtype)
+        inputs = draw_inputs(shape, master, settings.rounds + settings.warmup, dtype, device)
+        back = torch.randn(inputs[0].shape).to(device, dtype)
+        return cls(shape, dtype_name, device, master, inputs, back)
 
     def all(
         self, backends: Sequence[str], peers: Sequence[AbstractPeer]
