@@ -316,6 +316,21 @@ def test_a_layer_that_only_its_loss_trains_still_trains():
 # In company.
 
 
+@pytest.mark.parametrize("router", ["token-choice", "expert-choice", "soft", "unified"])
+@pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=["no tokens", "no sequences"])
+def test_without_tokens_no_expert_computes_and_every_gradient_is_zero(router, shape):
+    layer = MoEConfig(num_experts=3, expert_width=5, router=router).build(4)
+    with record_routing(layer) as record:
+        y = layer(torch.randn(*shape, 4))
+    assert y.shape == (*shape, 4)
+    (routing,) = record[""]
+    assert routing.rows_per_expert.tolist() == [0, 0, 0]
+    y.sum().backward()
+    for name, parameter in layer.experts.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
 def test_autocast_trains_float32_parameters():
     x = torch.randn(8, 32, 6)
 

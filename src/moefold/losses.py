@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from moefold.ops.select import rank
@@ -39,8 +39,12 @@ def balance(routing: Routing) -> Float[Tensor, ""]:
     if not has_choice(routing):
         return zero(routing)
     probability = _logits(routing).softmax(-1).flatten(0, 1).unsqueeze(0)
-    asked = _asked(routing).flatten(0, 1).unsqueeze(0)
-    return _agreement(probability, asked, _real(routing).flatten().unsqueeze(0))
+    real = _real(routing)
+    if routing.wanted is None:
+        counts = routing.rows_per_expert  # every pair asked for has a row
+    else:
+        counts = (routing.wanted & real.unsqueeze(-1)).sum((0, 1))
+    return _agreement(probability, counts.unsqueeze(0), real.flatten().unsqueeze(0))
 
 
 @losses.register("sequence-balance", summary="DeepSeek: the balance loss within each sequence.")
@@ -58,8 +62,8 @@ def sequence_balance(routing: Routing) -> Float[Tensor, ""]:
     scores = routing.scores
     total = scores.sum(-1, keepdim=True)
     probability = scores / torch.where(total > 0, total, torch.ones_like(total))
-    best = rank(scores) < _asked(routing).sum(-1, keepdim=True)
-    return _agreement(probability, best, _real(routing))
+    best, real = rank(scores) < _asked(routing).sum(-1, keepdim=True), _real(routing)
+    return _agreement(probability, (best & real.unsqueeze(-1)).sum(1), real)
 
 
 @losses.register(
@@ -248,11 +252,11 @@ def _asked(routing: SparseRouting) -> Bool[Tensor, "batch tokens experts"]:
 
 def _agreement(
     probability: Float[Tensor, "sets tokens experts"],
-    asked: Bool[Tensor, "sets tokens experts"],
+    asked: Int[Tensor, "sets experts"],
     real: Bool[Tensor, "sets tokens"],
 ) -> Float[Tensor, ""]:
     """`E * sum_e f_e P_e` within each set of tokens, averaged over the sets that have any."""
-    counts = (asked & real.unsqueeze(-1)).sum(1).to(probability.dtype)
+    counts = asked.to(probability.dtype)
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     tokens = real.sum(1, keepdim=True).clamp_min(1)
     mean = (probability * real.unsqueeze(-1)).sum(1) / tokens

@@ -290,6 +290,15 @@ def test_logits_of_padding_may_be_anything():
         router.check_finite(logits, torch.tensor([[False, True]]))
 
 
+def test_large_logits_are_fine_though_their_sum_is_infinite():
+    router, largest = build("token-choice"), torch.finfo(torch.float32).max
+    logits = torch.full((1, 2, EXPERTS), largest)
+    router.check_finite(logits, None)
+    for junk in (float("nan"), float("inf"), -float("inf")):
+        with pytest.raises(ValueError, match="router logits are NaN or infinite"):
+            router.check_finite(logits.index_fill(2, torch.tensor(1), junk), None)
+
+
 @pytest.mark.parametrize("name", ["token-choice", "soft"])
 def test_where_the_host_does_not_wait_the_device_refuses(name, monkeypatch):
     # On a GPU and in a compiled graph: an assertion of the device, with the same text.

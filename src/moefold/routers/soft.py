@@ -84,6 +84,8 @@ class SoftRouter(AbstractRouter):
             phi = self.scale.to(tokens.dtype) * l2_normalize(self.phi.to(tokens.dtype), 0)
             logits = torch.einsum("gmd,des->gmes", l2_normalize(tokens, -1), phi)
             self.check_finite(logits.flatten(1), None)
+            if tokens.shape[1] == 0:
+                logits = logits[..., :0]  # slots with nothing to mix would pass the experts
             if self.noise_std and self.training:
                 logits = logits + torch.randn_like(logits) * self.noise_std
             if kernels.serve(logits):

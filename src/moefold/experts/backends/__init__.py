@@ -23,7 +23,7 @@ PRIORITY = ("fused", "grouped", "reference")
 
 backends: Registry[AbstractBackend] = Registry("backend", AbstractBackend)
 backends.register(
-    "fused", FusedBackend(), summary="one expert at a time in cache, from tokens to tokens (CPU)"
+    "fused", FusedBackend(), summary="a few experts at a time in cache, from tokens to tokens (CPU)"
 )
 backends.register("grouped", GroupedBackend(), summary="two grouped products (CPU, CUDA)")
 backends.register("reference", ReferenceBackend(), summary="a loop over experts: the definition")

@@ -1,4 +1,4 @@
-"""Experts on the CPU, from tokens to tokens, one expert at a time in cache.
+"""Experts on the CPU, from tokens to tokens, one block of rows at a time in cache.
 
 Shapes: see `base`. The backward pass is written by hand (see `fused_ops`), so it exists for some
 activations only, and it has no second derivative.
@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefold.experts.backends.base import AbstractMixer, ExpertWeights
-from moefold.experts.backends.fused_ops import WRITTEN, mixture
+from moefold.experts.backends.fused_ops import WRITTEN, mix
 from moefold.ops.grouped import linear_dtype
 from moefold.routing import SparseRouting
 
 
 @final
 class FusedBackend(AbstractMixer):
-    """One expert at a time, from its tokens to its part of their sum."""
+    """One block of rows at a time, from its tokens to its part of their sum."""
 
     def reasons_against(self, rows: Tensor, weights: ExpertWeights) -> list[str]:
         """Other devices than the CPU, and activations whose derivative is not written here."""
@@ -61,10 +61,7 @@ def _run(
     given = (x, weight_of_row, *parameters)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     assert isinstance(weights.activation, str), "reasons_against refuses functions"
-    # Where nothing is learnt or traced, a third of a decoding step would go into dispatching.
-    bare = not keep and type(x) is Tensor and not torch.compiler.is_compiling()
-    run = mixture._init_fn if bare else mixture
-    out, _, _ = run(
+    return mix(
         x,
         token_of_row,
         weight_of_row,
@@ -75,4 +72,3 @@ def _run(
         linear_dtype(x),
         keep,
     )
-    return out

@@ -1,14 +1,17 @@
 """Blocks of rows, and memory for one of them at a time; what the fused backend loops over.
 
-Shapes: `rows` are sorted by expert. A block is the rows of one expert, or of several that follow
+Shapes: `rows` are sorted by expert. A *run* is the rows of one expert, or of several that follow
 each other and have equally many (as all have under expert choice), whose products are then one
-batched product.
+batched product. A *block* is as many runs as fit in cache: what is done to every row alike, gather,
+activation and sum, is done once for all of them.
 
-    rows_per_expert   4 | 4 | 0 | 3 | 4        blocks   experts 0 and 1 | expert 3 | expert 4
+    rows_per_expert   4 | 4 | 0 | 3 | 900 | 4
+    runs              4   4 |     3 | 900 | 4
+    blocks            4   4       3 | 900 | 4
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import final
 
@@ -17,75 +20,118 @@ from torch import Tensor
 
 from moefold.ops.grouped import padded, too_few_rows
 
-MERGED_ROWS = 1024
-"""A block of several experts has no more rows: so many, and what is made of them, fit in cache."""
+BLOCK_ROWS = 1024
+"""A block of several experts has no more rows: more save no time."""
+
+BLOCK_NUMBERS = 1 << 21
+"""Nor has its widest matrix more numbers: the memory for one block stays below a dense layer's."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Block:
+class Run:
     """The rows of one expert, or of several that follow each other and have equally many.
 
     Attributes:
         first: the first of its experts.
         experts: how many they are.
-        count: rows of all of them.
-        size: the same with the rows that pad it, see `ops.grouped.padded`.
+        size: rows of all of them, with those that pad them, see `ops.grouped.padded`.
     """
 
     first: int
     experts: int
-    count: int
     size: int
 
     def each(self, rows: Tensor) -> Tensor:
-        """Rows of the block as a factor: `[rows, width]`, or `[experts, rows of each, width]`."""
+        """Its rows as a factor: `[rows, width]`, or `[experts, rows of each, width]`."""
         return rows if self.experts == 1 else rows.unflatten(0, (self.experts, -1))
 
     def of(self, stack: Tensor) -> Tensor:
-        """What a stack by expert holds for the block, to go with `each`."""
+        """What a stack by expert holds for the run, to go with `each`."""
         if self.experts == 1:
             return stack[self.first]
         return stack.narrow(0, self.first, self.experts)
 
 
+@dataclass(slots=True, kw_only=True)
+class Block:
+    """Runs that follow each other; if there is padding, a single one.
+
+    Attributes:
+        runs: what it consists of.
+        first_run: place of its first run among those of all blocks.
+        count: rows of all of them.
+        size: the same with the rows that pad it.
+    """
+
+    first_run: int
+    runs: list[Run] = field(default_factory=list)
+    count: int = 0
+    size: int = 0
+
+    @property
+    def end_run(self) -> int:
+        """Place of the first run after its own."""
+        return self.first_run + len(self.runs)
+
+    def has_room(self, size: int, count: int, most: int) -> bool:
+        """Whether the rows of one more expert may join."""
+        return self.count == self.size and size == count and self.size + size <= most
+
+    def take(self, expert: int, count: int, size: int) -> None:
+        """Add the rows of one more expert."""
+        self.count, self.size = self.count + count, self.size + size
+        if self.runs:
+            last = self.runs[-1]
+            if last.first + last.experts == expert and last.size == last.experts * size:
+                longer = last.experts + 1
+                self.runs[-1] = Run(first=last.first, experts=longer, size=longer * size)
+                return
+        self.runs.append(Run(first=expert, experts=1, size=size))
+
+    def by_run(self, rows: Tensor) -> Sequence[Tensor]:
+        """The rows of every run as a factor, see `Run.each`."""
+        if len(self.runs) == 1:
+            return (self.runs[0].each(rows),)
+        parts = rows.split([run.size for run in self.runs])
+        return [run.each(part) for run, part in zip(self.runs, parts, strict=True)]
+
+    def own(self, of_run: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Of something of every run of all blocks, that of its own runs."""
+        return of_run[self.first_run : self.end_run]
+
+
 @final
 class Blocks:
-    """All blocks in order, and views of tensors by block.
+    """All blocks in order, and views of tensors by block or by run.
 
     An operation from Python takes some microseconds, which adds up over dozens of experts: views
     are made all at once, and of experts with rows only where these are few.
+
+    Args:
+        rows_per_expert: how many rows each expert has.
+        rows: how many there are, spare ones too.
+        widest: numbers in a row of the widest matrix that is made of a block.
+        like: of the dtype that is computed in.
     """
 
-    def __init__(self, rows_per_expert: Tensor, rows: int, like: Tensor) -> None:
+    def __init__(self, rows_per_expert: Tensor, rows: int, widest: int, like: Tensor) -> None:
         counts = rows_per_expert.tolist()
         if sum(counts) > rows:
             raise ValueError(too_few_rows(sum(counts), rows))
         self._experts, self._rows = len(counts), rows
+        most = min(BLOCK_ROWS, BLOCK_NUMBERS // widest)
         self._blocks: list[Block] = []
+        block = None
         for expert, count in enumerate(counts):
-            if count:
-                self._append(expert, count, padded(count, like))
+            if not count:
+                continue
+            size = padded(count, like)
+            if block is None or not block.has_room(size, count, most):
+                block = Block(first_run=block.end_run if block else 0)
+                self._blocks.append(block)
+            block.take(expert, count, size)
 
-    def _append(self, expert: int, count: int, size: int) -> None:
-        last = self._blocks[-1] if self._blocks else None
-        joins = (
-            last is not None
-            and last.first + last.experts == expert
-            and last.count == last.size == last.experts * count
-            and size == count
-            and last.size + size <= MERGED_ROWS
-        )
-        if last is None or not joins:
-            self._blocks.append(Block(first=expert, experts=1, count=count, size=size))
-            return
-        self._blocks[-1] = Block(
-            first=last.first,
-            experts=last.experts + 1,
-            count=last.count + count,
-            size=last.size + size,
-        )
-
-    def __iter__(self):
+    def __iter__(self) -> Iterator[Block]:
         return iter(self._blocks)
 
     def __len__(self) -> int:
@@ -115,15 +161,16 @@ class Blocks:
         """Something of every row of the padded blocks, by block; what is not needed comes last."""
         return of_padded.split([*(b.size for b in self._blocks), of_padded.shape[0] - self.size])
 
-    def of(self, stack: Tensor) -> Sequence[Tensor]:
-        """Something of every expert, by block."""
-        if len(self._blocks) == stack.shape[0]:
+    def by_run(self, stack: Tensor) -> Sequence[Tensor]:
+        """Something of every expert, by run of all blocks."""
+        if self._blocks and self._blocks[-1].end_run == stack.shape[0]:
             return stack.unbind(0)
-        return [block.of(stack) for block in self._blocks]
+        return [run.of(stack) for block in self._blocks for run in block.runs]
 
     def zero_idle(self, *stacks: Tensor) -> None:
         """Write zeros for the experts without rows."""
-        ends = [(0, 0), *((b.first, b.first + b.experts) for b in self._blocks)]
+        runs = (run for block in self._blocks for run in block.runs)
+        ends = [(0, 0), *((run.first, run.first + run.experts) for run in runs)]
         for (_, before), (after, _) in pairwise([*ends, (self._experts, 0)]):
             if after > before:
                 for stack in stacks:

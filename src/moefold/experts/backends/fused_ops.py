@@ -1,4 +1,4 @@
-"""The operators of the fused backend: tokens or rows through their experts, one expert at a time.
+"""The operators of the fused backend: tokens or rows through their experts, block by block.
 
 Shapes: `tokens dim` or `rows dim` in, see `base`. Per expert, with x its rows, w their weights,
 `act` the activation and * between numbers:
@@ -21,12 +21,14 @@ product to the sum: nothing of the size of all rows is made but `pre` and `value
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, final
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from moefold.experts.backends.fused_blocks import Block, Blocks, Scratch, room
+from moefold.experts.backends.fused_blocks import Blocks, Scratch, room
+from moefold.experts.backends.fused_products import Linears, Sums, in_dtype_of
 
 _aten = torch.ops.aten
 
@@ -103,7 +105,7 @@ def mixture(
     """
     activate, width = WRITTEN[activation][0], down.shape[2]
     like = x.new_empty(0, dtype=work_dtype(dtype))
-    blocks = Blocks(rows_per_expert, token_of_row.shape[0], like)
+    blocks = Blocks(rows_per_expert, token_of_row.shape[0], max(up.shape[1:]), like)
     scratch = Scratch(blocks.largest, like)
     kept_rows = room(token_of_row.shape[0], up.shape[0], like) if keep else 0
     kept = like.new_empty(kept_rows, width), like.new_empty(kept_rows if gated else 0, width)
@@ -124,44 +126,19 @@ def mixture(
     for i, block in enumerate(blocks):
         rows = scratch.gathered("x", x, tokens[i], block.size)
         pre = scratch("pre", block.size, width) if firsts is None else firsts[i]
-        to_pre(i, block, rows, pre)
+        to_pre(block, rows, pre)
         hidden = activate(pre, out=scratch("hidden", block.size, width))
         if gated:
             value = scratch("value", block.size, width) if seconds is None else seconds[i]
-            to_value(i, block, rows, value)
+            to_value(block, rows, value)
             hidden.mul_(value)
         result = scratch("out", block.size, down.shape[1])
-        to_out(i, block, hidden, result)
+        to_out(block, hidden, result)
         result = result if block.size == block.count else result[: block.count]
         _add_at(out, tokens[i], result, None if weights is None else weights[i])
     for part in kept:
         part[blocks.size :].zero_()
     return out.to(dtype), *kept
-
-
-@final
-class Linears:
-    """The linear layers of all experts, block by block.
-
-    Args:
-        blocks: the blocks.
-        matrices: `[experts, in, out]`.
-        biases: `[experts, out]` or None.
-    """
-
-    def __init__(self, blocks: Blocks, matrices: Tensor, biases: Tensor | None) -> None:
-        self._matrices = blocks.of(matrices)
-        self._biases = None if biases is None else blocks.of(biases.unsqueeze(1))
-
-    def __call__(self, i: int, block: Block, x: Tensor, out: Tensor) -> None:
-        """Write the layer of the i-th block's experts at x."""
-        matrix = _cast(self._matrices[i], x)
-        if self._biases is None:
-            _product(block.each(x), matrix, block.each(out))
-            return
-        # One operation, so that a low-precision sum is rounded once, as in functional.linear.
-        add = torch.addmm if block.experts == 1 else torch.baddbmm
-        add(_cast(self._biases[i], x), block.each(x), matrix, out=block.each(out))
 
 
 def _add_at(out: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
@@ -171,16 +148,6 @@ def _add_at(out: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -
     elif weights is not None:
         rows.mul_(weights)
     out.index_add_(0, tokens, rows)
-
-
-def _product(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write `left @ right`, of matrices or of batches of them, in the dtype of `out`."""
-    same = out.dtype == left.dtype
-    # With out=, autocast cannot change the dtype when a backward pass runs inside of it.
-    made = out if same else out.new_empty(out.shape, dtype=left.dtype)
-    (torch.mm if left.ndim == 2 else torch.bmm)(left, right, out=made)
-    if not same:
-        out.copy_(made)
 
 
 @torch.library.custom_op("moefold::fused_mixture_backward", mutates_args=())
@@ -204,8 +171,8 @@ def mixture_backward(
     (activate, derivative), width = WRITTEN[activation], down.shape[2]
     given = (x, weight_of_row, up, down, up_bias, down_bias)
     of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = made = _gradients(given, wanted)
-    for_x, for_weight, for_up, for_down, for_up_bias, for_down_bias = wanted
-    blocks = Blocks(rows_per_expert, token_of_row.shape[0], pre)
+    for_x, for_weight, *_ = wanted
+    blocks = Blocks(rows_per_expert, token_of_row.shape[0], max(up.shape[1:]), pre)
     blocks.zero_idle(*(t for t, w in zip(made[2:], wanted[2:], strict=True) if w))
     scratch = Scratch(blocks.largest, pre)
     of_x = of_x.to(torch.promote_types(x.dtype, torch.float32)).zero_()
@@ -213,61 +180,57 @@ def mixture_backward(
     tokens, firsts = blocks.own(token_of_row), blocks.padded(pre)
     seconds = blocks.padded(value) if gated else firsts
     weights = None if weight_of_row is None else _columns(blocks, weight_of_row, pre)
-    ups, downs = blocks.of(up), blocks.of(down)
+    back_down, back_up = Linears(blocks, down), Linears(blocks, up)
+    along_bias = None if down_bias is None else Linears(blocks, down_bias.unsqueeze(2))
     of_weights = blocks.own(of_weight) if for_weight else tokens
-    of_ups = blocks.of(of_up) if for_up else ups
-    of_downs = blocks.of(of_down) if for_down else downs
+    sum_up, sum_down = (Sums(blocks, t) if t.numel() else None for t in (of_up, of_down))
+    sum_up_bias, sum_down_bias = (
+        Sums(blocks, t.unsqueeze(1)) if t.numel() else None for t in (of_up_bias, of_down_bias)
+    )
     for i, block in enumerate(blocks):
-        each, size, weight = block.each, block.size, None if weights is None else weights[i]
+        size, weight = block.size, None if weights is None else weights[i]
         g = scratch.gathered("grad", grad, tokens[i], size)
         hidden = activated = activate(firsts[i], out=scratch("activated", size, width))
         if gated:
             hidden = torch.mul(activated, seconds[i], out=scratch("hidden", size, width))
         of_hidden = scratch("of_hidden", size, width)
-        _product(each(g), _cast(downs[i], g), each(of_hidden))
+        back_down(block, g, of_hidden)
         if for_weight:
             products = torch.mul(of_hidden, hidden, out=scratch("products", size, width))
             products = products if size == block.count else products[: block.count]
             torch.sum(products, 1, dtype=of_weight.dtype, out=of_weights[i])
-            if down_bias is not None:
-                bias = _cast(block.of(down_bias.unsqueeze(1)), g)
-                of_weights[i].add_((each(g) * bias).sum(-1).flatten()[: block.count])
-        if for_down_bias:
-            column = g.new_ones(size, 1) if weight is None else weight
-            _product(each(column).mT, each(g), block.of(of_down_bias.unsqueeze(1)))
+            if along_bias is not None:
+                of_bias = scratch("of_bias", size, 1)
+                along_bias(block, g, of_bias)
+                of_weights[i].add_(of_bias[: block.count, 0])
+        if sum_down_bias:
+            sum_down_bias(block, g.new_ones(size, 1) if weight is None else weight, g)
         if weight is not None:
             of_hidden.mul_(weight)
-        of_first = scratch("of_first", size, up.shape[1])
+        of_first = scratch("of_first", size, up.shape[1]) if gated else of_hidden
         if gated:
             torch.mul(of_hidden, activated, out=of_first[:, width:])
             of_hidden.mul_(seconds[i])
-        if for_down:
+        if sum_down:
             # Nothing reads `hidden` after this.
-            weighed = hidden if weight is None else hidden.mul_(weight)
-            _product(each(g).mT, each(weighed), of_downs[i])
-        if not (for_x or for_up or for_up_bias):
+            sum_down(block, g, hidden if weight is None else hidden.mul_(weight))
+        if not (for_x or sum_up or sum_up_bias):
             continue
-        derivative(of_hidden, firsts[i], out=of_first[:, :width] if gated else of_first)
-        if for_up_bias:
-            ones = g.new_ones(size, 1)
-            _product(each(ones).mT, each(of_first), block.of(of_up_bias.unsqueeze(1)))
-        if for_up:
-            rows = scratch.gathered("x", x, tokens[i], size)
-            _product(each(of_first).mT, each(rows), of_ups[i])
+        derivative(of_hidden, firsts[i], out=of_first[:, :width])
+        if sum_up_bias:
+            sum_up_bias(block, g.new_ones(size, 1), of_first)
+        if sum_up:
+            sum_up(block, of_first, scratch.gathered("x", x, tokens[i], size))
         if for_x:
             of_rows = scratch("out", size, x.shape[1])
-            _product(each(of_first), _cast(ups[i], g), each(of_rows))
+            back_up(block, of_first, of_rows)
             _add_at(of_x, tokens[i], of_rows[: block.count], None)
     return of_x.to(x.dtype), of_weight, of_up, of_down, of_up_bias, of_down_bias
 
 
-def _cast(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor if tensor.dtype == like.dtype else tensor.to(like.dtype)
-
-
 def _columns(blocks: Blocks, weight_of_row: Tensor, like: Tensor) -> Sequence[Tensor]:
     """The weights of every block's rows as a column, zero for the rows that pad it."""
-    columns = blocks.own(_cast(weight_of_row, like)[:, None])
+    columns = blocks.own(in_dtype_of(weight_of_row, like)[:, None])
     if not blocks.is_padded:
         return columns
     return [
@@ -315,14 +278,53 @@ def _keep(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*tensors, pre, value)
 
 
-def _differentiate(ctx: Any, grad: Tensor | None, of_pre: None, of_value: None) -> tuple:
+def _differentiate(ctx: Any, grad: Tensor | None, *of_kept: None) -> tuple:
+    return _gradients_of(ctx, grad, mixture_backward)
+
+
+def _gradients_of(ctx: Any, grad: Tensor | None, run: Callable[..., Any]) -> tuple:
     if grad is None:
         return (None,) * 12
     x, _, weight, _, up, down, up_bias, down_bias = ctx.needs_input_grad[:8]
     wanted = [x, weight, up, down, up_bias, down_bias]
-    grads = mixture_backward(grad, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
+    grads = run(grad, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
     found = [t if w else None for t, w in zip(grads, wanted, strict=True)]
     return found[0], None, found[1], None, *found[2:], None, None, None, None
 
 
 mixture.register_autograd(_differentiate, setup_context=_keep)
+
+
+class _Mixture(torch.autograd.Function):
+    """The operator and its gradient, called as functions."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Any:
+        made = mixture._init_fn(*given)
+        _keep(ctx, given, made)  # as setup_context, torch would inspect signatures in every pass
+        return made
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return _gradients_of(ctx, grads[0], mixture_backward._init_fn)
+
+
+def mix(*given: Any) -> Tensor:
+    """Run the operator (see `mixture` for what it is given), at what it costs here.
+
+    torch's dispatcher of custom operators takes longer than all else around a few tokens. It is
+    needed where something wants to see the operator: a compiler, a mode, a function transform, a
+    subclass of tensors.
+    """
+    tensors = [part for part in given if isinstance(part, Tensor)]
+    watched = (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
+        or any(type(part) not in (Tensor, nn.Parameter) for part in tensors)
+    )
+    if watched:
+        return mixture(*given)[0]
+    keep = given[-1]
+    return (_Mixture.apply if keep else mixture._init_fn)(*given)[0]
