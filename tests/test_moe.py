@@ -317,6 +317,16 @@ def test_a_layer_that_only_its_loss_trains_still_trains():
 
 
 @pytest.mark.parametrize("router", ["token-choice", "expert-choice", "soft", "unified"])
+def test_a_layer_without_memory_has_shapes(router):
+    # as planning and counting do, forward and backward
+    layer = MoEConfig(num_experts=3, expert_width=5, router=router).build(4).to("meta")
+    y = layer(torch.randn(2, 6, 4, device="meta"))
+    assert (y.shape, y.dtype, y.is_meta) == ((2, 6, 4), torch.float32, True)
+    y.sum().backward()
+    assert layer.experts.down_proj.grad.shape == layer.experts.down_proj.shape
+
+
+@pytest.mark.parametrize("router", ["token-choice", "expert-choice", "soft", "unified"])
 @pytest.mark.parametrize("shape", [(2, 0), (0, 3)], ids=["no tokens", "no sequences"])
 def test_without_tokens_no_expert_computes_and_every_gradient_is_zero(router, shape):
     layer = MoEConfig(num_experts=3, expert_width=5, router=router).build(4)

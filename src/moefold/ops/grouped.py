@@ -60,7 +60,7 @@ def as_linear_casts(*tensors: Tensor) -> tuple[Tensor, ...]:
 def linear_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would take a tensor: that of the autocast in force."""
     kind = tensor.device.type
-    if tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+    if kind == "meta" or tensor.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
         return tensor.dtype
     return torch.get_autocast_dtype(kind)
 

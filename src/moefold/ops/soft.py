@@ -84,4 +84,5 @@ class SoftMaps:
 def _as_autocast(x: Tensor) -> Tensor:
     """In the dtype that a matrix product would have here."""
     kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    on = kind != "meta" and torch.is_autocast_enabled(kind)
+    return x.to(torch.get_autocast_dtype(kind)) if on else x

@@ -7,13 +7,11 @@ batch was packed. As everywhere in torch, one multiplication and one addition ar
 element-wise work is left out.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from moefold.moe import MoE
 from moefold.ops.flops import flop_counter
 
 
@@ -34,7 +32,7 @@ def training_flops(encoder: Any, texts: Sequence[str]) -> float:
     encoder.train()
     counter = flop_counter()
     try:
-        with _by_reference(encoder), counter, torch.random.fork_rng(devices=[]):
+        with counter, torch.random.fork_rng(devices=[]):
             for text in texts:
                 features = {
                     name: value.to(encoder.device) if isinstance(value, torch.Tensor) else value
@@ -45,16 +43,3 @@ def training_flops(encoder: Any, texts: Sequence[str]) -> float:
     finally:
         encoder.train(was_training)
     return counter.get_total_flops() / len(texts)
-
-
-@contextmanager
-def _by_reference(encoder: Any) -> Iterator[None]:
-    """Compute experts by the loop that defines them: plain products, which the counter knows."""
-    before = {m: m.backend for m in encoder.modules() if isinstance(m, MoE)}
-    for moe in before:
-        moe.backend = "reference"
-    try:
-        yield
-    finally:
-        for moe, backend in before.items():
-            moe.backend = backend

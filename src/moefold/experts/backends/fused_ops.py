@@ -187,6 +187,7 @@ def mixture_backward(
     sum_up_bias, sum_down_bias = (
         Sums(blocks, t.unsqueeze(1)) if t.numel() else None for t in (of_up_bias, of_down_bias)
     )
+    goes_on = for_x or sum_up is not None or sum_up_bias is not None  # through the activation
     for i, block in enumerate(blocks):
         size, weight = block.size, None if weights is None else weights[i]
         g = scratch.gathered("grad", grad, tokens[i], size)
@@ -194,7 +195,8 @@ def mixture_backward(
         if gated:
             hidden = torch.mul(activated, seconds[i], out=scratch("hidden", size, width))
         of_hidden = scratch("of_hidden", size, width)
-        back_down(block, g, of_hidden)
+        if for_weight or goes_on:
+            back_down(block, g, of_hidden)
         if for_weight:
             products = torch.mul(of_hidden, hidden, out=scratch("products", size, width))
             products = products if size == block.count else products[: block.count]
@@ -205,17 +207,17 @@ def mixture_backward(
                 of_weights[i].add_(of_bias[: block.count, 0])
         if sum_down_bias:
             sum_down_bias(block, g.new_ones(size, 1) if weight is None else weight, g)
+        if sum_down:
+            # Nothing reads `hidden` after this.
+            sum_down(block, g, hidden if weight is None else hidden.mul_(weight))
+        if not goes_on:
+            continue
         if weight is not None:
             of_hidden.mul_(weight)
         of_first = scratch("of_first", size, up.shape[1]) if gated else of_hidden
         if gated:
             torch.mul(of_hidden, activated, out=of_first[:, width:])
             of_hidden.mul_(seconds[i])
-        if sum_down:
-            # Nothing reads `hidden` after this.
-            sum_down(block, g, hidden if weight is None else hidden.mul_(weight))
-        if not (for_x or sum_up or sum_up_bias):
-            continue
         derivative(of_hidden, firsts[i], out=of_first[:, :width])
         if sum_up_bias:
             sum_up_bias(block, g.new_ones(size, 1), of_first)
