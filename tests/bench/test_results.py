@@ -20,7 +20,6 @@ from moefold.bench.run import Asked, run
 from moefold.bench.scaling import Scaling, run_scaling
 from moefold.bench.settings import Settings
 from moefold.bench.shapes import SHAPES, Shape
-from moefold.bench.tables import readme_tables
 from tests.bench.common import EXPERTS, QUICK, SOFT, TOKENS, Fake
 
 SMALL = Scaling(
@@ -148,16 +147,50 @@ def test_the_page_shows_it_all(file, tmp_path):
     write_page([read_results(file)], tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text()
     assert text.count("<svg") == 2 + 8  # two layers; eight curves
+    assert text.index("At a glance") < text.index("What ran where") < text.index("Few tokens")
+    assert "1 more layers<small>for cuda</small></th><td>not measured" in text
+    assert text.count("<details>") == text.count("</details>") > 0
     assert "NOT TIMED, because it is wrong: twice" in text
+    assert "<li>twice: it differs from the reference" in text
     assert "it is another &lt;layer&gt;" in text
     assert "on &lt;GPU&gt;" in text
     assert "not measured" in text
     assert "it is for cuda, and this run was on cpu" in text
     assert "no folder at &#x27;nowhere&#x27;" in text
-    assert "group length, fp32" in text
+    assert "group length, fp32, 1 thread" in text
     # It can be mailed: nothing is fetched.
     assert not re.search(r"(src|href)=\"(?!#)", text)
     assert "http" not in re.sub(r"http://www\.w3\.org/\S+", "", text)
+
+
+def test_the_page_tells_runs_apart(file, tmp_path):
+    one = read_results(file)
+    two, other = json.loads(json.dumps(one)), json.loads(json.dumps(one))
+    two["surroundings"]["threads"] = 2
+    other["surroundings"] |= {"cpu": "Another", "capability": "NEON"}
+    page = tmp_path / "page.html"
+
+    def titles(*several):
+        write_page(several, page)
+        return re.findall(r"<h3>(.*?)</h3>", page.read_text())
+
+    for name in ("tokens, fp32", "nowhere, fp32", "tokens, fp32", "group length, fp32"):
+        assert f"{name}, 1 thread" in titles(one, two)
+        assert f"{name}, 2 threads" in titles(one, two)
+        torch = one["surroundings"]["versions"]["torch"]
+        assert f"{name}, 1 thread, Another (NEON), torch {torch}" in titles(one, other)
+    assert "tokens, fp32, 1 thread, inference" in titles(one, two)
+
+
+def test_a_page_of_wrong_layers_only(file, tmp_path):
+    results = read_results(file)
+    for entry in results["layers"]:
+        entry["records"] = [r for r in entry["records"] if r["kind"] != "ours"]
+        entry["records"] = [r for r in entry["records"] if r["variant"] != "same"]
+    write_page([{**results, "scaling": []}], tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<svg" not in text
+    assert "<td>not timed</td><td>none ran</td>" in text
 
 
 def test_what_another_run_measured_is_not_missing(file, tmp_path):
@@ -180,55 +213,6 @@ def test_what_the_terminal_shows(file):
     assert lines[-1] == "not measured: on <GPU>: it is for cuda, and this run was on cpu"
     assert "nowhere, fp32: not measured: no folder at 'nowhere'" in text
     assert re.search(r"group length, fp32: soft grows to the power of -?\d+\.\d\d", text)
-
-
-def test_tables_for_a_readme(file):
-    results = read_results(file)
-    made = readme_tables([results])
-    assert made.keys() == {"speed", "scaling"}  # no model was measured
-    first, second, gpu = made["speed"].splitlines()[2:5]
-    low, middle, high = results["layers"][0]["records"][1]["both_of_dense"]
-    assert f"| {middle:.2f} ({low:.2f} to {high:.2f}) |" in first
-    same = results["layers"][0]["records"][-1]["both_of_dense"][1]
-    assert f"| {same:.2f}, same |" in first  # neither the wrong one nor the rate
-    assert "4 plain experts of 16 x 24, expert choice, C=1, 48 tokens" in second
-    assert gpu.count("not measured") == 5
-    assert len({line.count("|") for line in made["speed"].splitlines()[:5]}) == 1
-    assert "| memory, finer experts, fp32 | moefold | 1 to 2 |" in made["scaling"]
-
-
-def test_a_table_of_models():
-    record = {"variant": "top-2 of 8", "ms": [9.0, 10.0, 11.0], "flops_of_dense": 1.31}
-    record["times_dense"] = [1.3, 1.35, 1.4]
-    entry = {"model": "minilm", "dtype": "bf16", "batch": 32, "length": 128}
-    entry["records"] = [
-        {"variant": "dense", "ms": [7.0, 7.0, 7.0]},
-        record,
-        {"variant": "top-1 of 8", "refused": "it differs"},
-    ]
-    made = readme_tables([{"models": [entry, {"model": "nowhere", "refused": "no folder"}]}])
-    assert made == {
-        "models": "| encoder | dtype | mixture | time, of dense | operations, of dense |\n"
-        "| --- | --- | --- | --- | --- |\n"
-        "| minilm, 32 texts of 128 tokens | bf16 | top-2 of 8 | 1.35 (1.30 to 1.40) | 1.31 |"
-    }
-
-
-def test_a_readme_gets_its_tables(file, tmp_path, monkeypatch, capsys):
-    from benchmarks import readme
-
-    page = tmp_path / "README.md"
-    page.write_text("before\n<!-- table: speed -->\nstale\n<!-- end of table -->\nafter\n")
-    monkeypatch.setattr("sys.argv", ["readme", str(file), "--readme", str(page)])
-    readme.main()
-    assert capsys.readouterr().out == f"wrote speed into {page}\n"
-    text = page.read_text()
-    assert text.startswith("before\n<!-- table: speed -->\n\n| layer | dtype |")
-    assert text.endswith("<!-- end of table -->\nafter\n")
-    assert "stale" not in text
-    page.write_text("no mark\n")
-    with pytest.raises(SystemExit, match="has no mark for speed, scaling; put <!-- table: speed"):
-        readme.main()
 
 
 def test_curves_have_their_points(file):

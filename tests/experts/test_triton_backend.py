@@ -22,6 +22,7 @@ from moefold.routing import SparseRouting
 from moefold.testing import BACKEND_CHECKS, check_backend
 from moefold.testing.mixers import MIX_CHECKS
 from moefold.testing.problems import BackendCase, equals_reference, problem, tensors_of
+from tests.ops.triton_interpreter import rounding
 from tests.routers.common import untyped
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
@@ -125,10 +126,11 @@ def limit(dtype: torch.dtype) -> float:
     """What rounding explains.
 
     A gradient passes at most four stored tensors: `pre`, what is made of it, a row, the sum of
-    rows; each is rounded by at most half a unit in the last place, which is a like part of its
-    length. Three sums of at most 64 terms in float32 add sqrt(64) roundings each, as random walks.
+    rows. If every number of one is off by at most a part of itself, all of them together are by at
+    most that part of their length. Three sums of at most 64 terms in float32 add sqrt(64) roundings
+    each, as random walks.
     """
-    return 4 * torch.finfo(dtype).eps / 2 + 3 * 64**0.5 * 2**-24
+    return 4 * rounding(dtype) + 3 * 64**0.5 * 2**-24
 
 
 @pytest.mark.slow

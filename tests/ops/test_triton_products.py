@@ -23,6 +23,7 @@ from moefold.ops.triton.pieces import place
 from moefold.ops.triton.schedule import row_bounds, rows_of_tokens, schedule
 from moefold.ops.triton.second import second
 from moefold.ops.triton.weights import outer, sums
+from tests.ops.triton_interpreter import rounding
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -80,12 +81,13 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def limit(dtype: torch.dtype, roundings: int = 1) -> float:
-    """What rounding explains: half a unit in the last place each time.
+    """What rounding explains: that of what is stored, and that of a sum, each time.
 
-    A sum of n products in float32 adds an error of up to sqrt(n) roundings of float32, and those of
-    both precisions add up; n is at most 64 here.
+    If every number is off by at most a part of itself, all of them together are by at most that
+    part of their length. A sum of n products in float32 goes through up to n roundings of half a
+    unit, 2**-24, which add up as a random walk does, to sqrt(n) of them; n is at most 64 here.
     """
-    return roundings * (torch.finfo(dtype).eps / 2 + 64**0.5 * 2**-24)
+    return roundings * (rounding(dtype) + 64**0.5 * 2**-24)
 
 
 def blocks_for(x: Tensor, case: Case):

@@ -24,7 +24,7 @@ from moefold.ops.soft import (
 from moefold.ops.triton.soft import soft_mix, soft_mix_backward
 from moefold.routers.soft import SoftRouter
 from moefold.routing import SoftRouting
-from tests.ops.triton_interpreter import interpreted, kernels_everywhere, unwritten_memory_is_poison
+from tests.ops.triton_interpreter import kernels_everywhere, rounding, unwritten_memory_is_poison
 
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -98,9 +98,8 @@ def check(name: str, logits: Tensor, values: Tensor, real: Tensor | None) -> Non
         means = (weight * products).sum((2, 3), keepdim=True)
     unit = roundings(logits, values.shape[-1]) * EPS
     if values.dtype != torch.float32:
-        # Shares are rounded to it before the product, and the result is: half a unit in the last
-        # place each, a whole one in the interpreter, which cuts digits off; and a little for both.
-        unit += 2.1 * torch.finfo(values.dtype).eps * (1.0 if interpreted else 0.5)
+        # Shares are rounded to it before the product, and the result is; and a little for both.
+        unit += 2.1 * rounding(values.dtype)
     for left, right, bound in (
         (found, expected, of_values),
         (of_fast[0], of_slow[0], weight * (products + means)),

@@ -24,6 +24,16 @@ interpreted = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if interpreted else "cuda"
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """What storing a number in this dtype changes at most, as a part of it.
+
+    Half a unit in the last place; a whole one for bfloat16 in the interpreter, which cuts digits
+    off where a GPU rounds to the nearest.
+    """
+    cut = interpreted and dtype == torch.bfloat16
+    return torch.finfo(dtype).eps * (1.0 if cut else 0.5)
+
+
 @contextmanager
 def kernels_everywhere() -> Iterator[None]:
     """Kernels instead of their slow twins, on the CPU too."""

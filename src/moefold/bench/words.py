@@ -6,14 +6,19 @@ from typing import Any
 from moefold.bench.shapes import from_dict
 
 Results = Mapping[str, Any]
-PARTS = ("forward", "backward", "both")
 NOT_MEASURED = "not measured"
 
 
-def spread(values: Sequence[float], digits: int = 2) -> str:
-    """A median, and its quartiles on a second line."""
+def spread(values: Sequence[float]) -> str:
+    """A median share, and its quartiles on a second line."""
     low, middle, high = values
-    return f"{middle:.{digits}f}\n{low:.{digits}f} to {high:.{digits}f}"
+    return f"{middle:.2f}\n{low:.2f} to {high:.2f}"
+
+
+def spread_numbers(values: Sequence[float]) -> str:
+    """A median of any size, and its quartiles on a second line."""
+    low, middle, high = values
+    return f"{number(middle)}\n{number(low)} to {number(high)}"
 
 
 def number(value: float) -> str:
@@ -39,9 +44,18 @@ def machine(results: Results) -> str:
     return f"{where}, torch {found['versions']['torch']}"
 
 
-def shape_name(data: Mapping[str, Any]) -> str:
-    """A shape's name."""
-    return str(data["name"])
+def processor_text(results: Results) -> str:
+    """What it ran on, whatever it was told to use of it."""
+    found = results["surroundings"]
+    where = found.get("gpu") or f"{found['cpu']} ({found['capability']})"
+    return f"{where}, torch {found['versions']['torch']}"
+
+
+def load_text(results: Results) -> str:
+    """How many processes wanted to run, before and after."""
+    found = results["surroundings"]
+    ends = [found.get(name) for name in ("load_before", "load_after")]
+    return " to ".join(f"{one[0]:.1f}" for one in ends if one) or "not known"
 
 
 def shape_text(data: Mapping[str, Any]) -> str:
@@ -64,6 +78,18 @@ def record_of(entry: Mapping[str, Any], variant: str) -> Mapping[str, Any] | Non
     return next((r for r in entry["records"] if r["variant"] == variant), None)
 
 
+def best_peer(entry: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """The record of the peer that is fastest in a training pass; None if none ran."""
+    peers = [r for r in entry["records"] if r["kind"] == "peer" and "both_of_dense" in r]
+    return max(peers, key=lambda record: record["both_of_dense"][1], default=None)
+
+
+def setting_of(results: Results, entry: Mapping[str, Any]) -> tuple[str, int]:
+    """The dtype of an entry and the threads it had, 0 on a GPU."""
+    where = results["surroundings"]
+    return entry["dtype"], 0 if where.get("gpu") else where["threads"]
+
+
 def layers_of(several: Sequence[Results]) -> Iterator[tuple[Results, Mapping[str, Any]]]:
     """Every measured layer, with the results it is from."""
     for results in several:
@@ -84,17 +110,20 @@ def never_measured(several: Sequence[Results]) -> list[Mapping[str, Any]]:
 
 __all__ = [
     "NOT_MEASURED",
-    "PARTS",
     "Results",
+    "best_peer",
     "exponent",
     "layers_of",
+    "load_text",
     "machine",
     "never_measured",
     "number",
+    "processor_text",
     "record_of",
     "refused",
-    "shape_name",
+    "setting_of",
     "shape_text",
     "spread",
+    "spread_numbers",
     "timed",
 ]

@@ -20,7 +20,7 @@ from triton import language as tl
 
 from moefold.ops.triton.activation import activated
 from moefold.ops.triton.blocks import Blocks, of_halves, precision_of
-from moefold.ops.triton.pieces import dot, place, read, rows_of
+from moefold.ops.triton.pieces import place, product, rows_of
 from moefold.ops.triton.schedule import Schedule
 
 GROUP = 8
@@ -134,25 +134,20 @@ def _first(
         source = tl.load(token_of_row + row).to(tl.int64)
     out = column * COLUMNS + tl.arange(0, COLUMNS)
     inside = out < width
-    depth = tl.arange(0, DEPTH)
-
-    left = x + source[:, None] * x_row + depth[None, :] * x_column
-    own = up + expert.to(tl.int64) * up_expert
-    right = own + out[None, :] * up_row + depth[:, None] * up_column
-    total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    value = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    masked: tl.constexpr = RAGGED_DEPTH or RAGGED_COLUMNS
-    for start in range(0, dim, DEPTH):
-        within = depth < dim - start
-        a = read(left, within[None, :], RAGGED_DEPTH)
-        b = read(right, within[:, None] & inside[None, :], masked)
-        total = dot(a, b, total, PRECISION)
-        if GATED:
-            b = read(right + width * up_row, within[:, None] & inside[None, :], masked)
-            value = dot(a, b, value, PRECISION)
-        left += DEPTH * x_column
-        right += DEPTH * up_column
-
+    total, value = product(
+        x + source * x_row,
+        up + expert.to(tl.int64) * up_expert + out * up_row,
+        width * up_row,
+        inside,
+        dim,
+        x_column,
+        up_column,
+        GATED,
+        PRECISION,
+        RAGGED_DEPTH,
+        RAGGED_COLUMNS,
+        DEPTH,
+    )
     if BIAS:
         term = bias + expert.to(tl.int64) * bias_expert + out * bias_column
         total += tl.load(term, mask=inside, other=0.0).to(tl.float32)[None, :]

@@ -25,7 +25,7 @@ from triton import language as tl
 
 from moefold.ops.triton.activation import activated
 from moefold.ops.triton.blocks import Blocks, of_halves, precision_of
-from moefold.ops.triton.pieces import dot, place, read, rows_of
+from moefold.ops.triton.pieces import place, product, read, rows_of
 from moefold.ops.triton.schedule import Schedule
 
 GROUP = 8
@@ -162,21 +162,21 @@ def _hidden_backward(
         source = tl.load(token_of_row + row).to(tl.int64)
     at = column * COLUMNS + tl.arange(0, COLUMNS)
     inside = at < width
-    depth = tl.arange(0, DEPTH)
-
-    left = grad + source[:, None] * grad_row + depth[None, :] * grad_column
-    own = down + expert.to(tl.int64) * down_expert
-    right = own + at[None, :] * down_column + depth[:, None] * down_row
-    total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
-    masked: tl.constexpr = RAGGED_DEPTH or RAGGED_COLUMNS
-    for start in range(0, dim, DEPTH):
-        within = depth < dim - start
-        a = read(left, within[None, :], RAGGED_DEPTH)
-        b = read(right, within[:, None] & inside[None, :], masked)
-        total = dot(a, b, total, PRECISION)
-        left += DEPTH * grad_column
-        right += DEPTH * down_row
-
+    back = grad + source * grad_row
+    total, _ = product(
+        back,
+        down + expert.to(tl.int64) * down_expert + at * down_column,
+        0,
+        inside,
+        dim,
+        grad_column,
+        down_row,
+        False,
+        PRECISION,
+        RAGGED_DEPTH,
+        RAGGED_COLUMNS,
+        DEPTH,
+    )
     wide = 2 * width if GATED else width
     kept = row[:, None] * wide + at[None, :]
     stored = real[:, None] & inside[None, :]
@@ -190,8 +190,9 @@ def _hidden_backward(
         found = tl.sum(parts, 1)
         if BIAS:  # noqa: SIM102 - Triton decides the one before it compiles, the other while it runs
             if column == 0:
+                depth = tl.arange(0, DEPTH)
                 term = bias + expert.to(tl.int64) * bias_expert + depth * bias_column
-                left = grad + source[:, None] * grad_row + depth[None, :] * grad_column
+                left = back[:, None] + depth[None, :] * grad_column
                 terms = tl.full((ROWS, DEPTH), 0.0, tl.float32)
                 for start in range(0, dim, DEPTH):
                     within = depth < dim - start

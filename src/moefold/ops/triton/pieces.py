@@ -1,6 +1,7 @@
-"""What kernels share: the place of a program, and the product of two blocks.
+"""What kernels share: the place of a program, and the product of its rows with a matrix.
 
-Shapes: blocks of `rows depth` times `depth columns`, added to `rows columns` in float32.
+Shapes: `rows terms` times `terms columns` in blocks of `depth` terms, summed as `rows columns` in
+float32.
 """
 
 # ruff: noqa: N803 - constants are written large in kernels
@@ -69,6 +70,56 @@ def dot(a: tl.tensor, b: tl.tensor, total: tl.tensor, PRECISION: tl.constexpr) -
     else:
         total = tl.dot(a, b, total, input_precision=PRECISION)
     return total
+
+
+@triton.jit
+@no_type_check
+def product(
+    left: tl.tensor,
+    right: tl.tensor,
+    beyond: tl.tensor,
+    inside: tl.tensor,
+    terms: tl.tensor,
+    left_step: tl.tensor,
+    right_step: tl.tensor,
+    TWO: tl.constexpr,
+    PRECISION: tl.constexpr,
+    RAGGED_DEPTH: tl.constexpr,
+    RAGGED_COLUMNS: tl.constexpr,
+    DEPTH: tl.constexpr,
+) -> tl.tuple:
+    """Return the product of rows and columns and, for gated experts, that with a second half.
+
+    Args:
+        left: where the first term of each row is.
+        right: where the first term of each column is.
+        beyond: how far beyond it that of the second half is.
+        inside: which columns exist.
+        terms: how many each has.
+        left_step: from a term of a row to the next.
+        right_step: from a term of a column to the next.
+        TWO: whether there is a second half; without one, its product is zero.
+        PRECISION: how blocks are multiplied.
+        RAGGED_DEPTH: whether the last block of terms is not whole.
+        RAGGED_COLUMNS: whether some columns may not exist.
+        DEPTH: terms read at a time.
+    """
+    depth = tl.arange(0, DEPTH)
+    lefts = left[:, None] + depth[None, :] * left_step
+    rights = right[None, :] + depth[:, None] * right_step
+    one = tl.full((left.shape[0], right.shape[0]), 0.0, tl.float32)
+    two = tl.full((left.shape[0], right.shape[0]), 0.0, tl.float32)
+    masked: tl.constexpr = RAGGED_DEPTH or RAGGED_COLUMNS
+    for start in range(0, terms, DEPTH):
+        within = depth < terms - start
+        given = within[:, None] & inside[None, :]
+        a = read(lefts, within[None, :], RAGGED_DEPTH)
+        one = dot(a, read(rights, given, masked), one, PRECISION)
+        if TWO:
+            two = dot(a, read(rights + beyond, given, masked), two, PRECISION)
+        lefts += DEPTH * left_step
+        rights += DEPTH * right_step
+    return one, two
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from torch import Tensor
 from triton import language as tl
 
 from moefold.ops.triton.blocks import Blocks, precision_of
-from moefold.ops.triton.pieces import dot, place, read, rows_of
+from moefold.ops.triton.pieces import place, product, rows_of
 from moefold.ops.triton.schedule import Schedule
 
 GROUP = 8
@@ -113,23 +113,24 @@ def _second(
     inside = at < width
     there = out + row[:, None] * width + at[None, :]
     stored = real[:, None] & inside[None, :]
-    total = tl.full((ROWS, COLUMNS), 0.0, tl.float32)
     if expert == experts:
         if CLEAR_SPARE:
-            tl.store(there, total.to(out.dtype.element_ty), mask=stored)
+            tl.store(there, tl.full((ROWS, COLUMNS), 0.0, out.dtype.element_ty), mask=stored)
         return
-    depth = tl.arange(0, DEPTH)
-    left = rows + row[:, None] * terms + depth[None, :]
-    own = matrices + expert.to(tl.int64) * matrix_expert
-    right = own + at[None, :] * matrix_row + depth[:, None] * matrix_column
-    masked: tl.constexpr = RAGGED_DEPTH or RAGGED_COLUMNS
-    for start in range(0, terms, DEPTH):
-        within = depth < terms - start
-        a = read(left, within[None, :], RAGGED_DEPTH)
-        b = read(right, within[:, None] & inside[None, :], masked)
-        total = dot(a, b, total, PRECISION)
-        left += DEPTH
-        right += DEPTH * matrix_column
+    total, _ = product(
+        rows + row * terms,
+        matrices + expert.to(tl.int64) * matrix_expert + at * matrix_row,
+        0,
+        inside,
+        terms,
+        1,
+        matrix_column,
+        False,
+        PRECISION,
+        RAGGED_DEPTH,
+        RAGGED_COLUMNS,
+        DEPTH,
+    )
     if BIAS:
         term = bias + expert.to(tl.int64) * bias_expert + at * bias_column
         total += tl.load(term, mask=inside, other=0.0).to(tl.float32)[None, :]

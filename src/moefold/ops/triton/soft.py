@@ -52,33 +52,54 @@ def _place(source, target, group, members, slots, TO_ROWS: tl.constexpr):
 
 @triton.jit
 @no_type_check
+def _ends(members, slots, per_expert, TO_ROWS: tl.constexpr):
+    """How many sources and targets a group has, and how many of each lie together."""
+    if TO_ROWS:
+        found = members, slots, members, per_expert
+    else:
+        found = slots, members, per_expert, members
+    return found
+
+
+@triton.jit
+@no_type_check
+def _work(program, parts, pieces):
+    """The group of a program, and its part and piece. Neighbours differ in the piece alone."""
+    return (program // pieces // parts).to(tl.int64), program // pieces % parts, program % pieces
+
+
+@triton.jit
+@no_type_check
+def _taking_part(
+    index, size, real, group, members, ARE_TOKENS: tl.constexpr, HAS_REAL: tl.constexpr
+):
+    """Which of these there are and, if they are tokens, which of those are real ones."""
+    taking = index < size
+    if HAS_REAL and ARE_TOKENS:
+        taking = taking & (tl.load(real + group * members + index, mask=taking, other=0) != 0)
+    return taking
+
+
+@triton.jit
+@no_type_check
 def _mix(
     logits, values, real, out, normalizers, groups, members, slots, per_expert, dim,
     TO_ROWS: tl.constexpr, HAS_REAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_SOURCES: tl.constexpr, BLOCK_TARGETS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    if TO_ROWS:
-        sources, targets, of_source, of_target = members, slots, members, per_expert
-    else:
-        sources, targets, of_source, of_target = slots, members, per_expert, members
+    sources, targets, of_source, of_target = _ends(members, slots, per_expert, TO_ROWS)
     parts, pieces = tl.cdiv(targets, BLOCK_TARGETS), tl.cdiv(dim, BLOCK_DIM)
     # Neighbours share the logits, which then come from the cache.
-    piece = tl.program_id(0) % pieces
-    part = tl.program_id(0) // pieces % parts
-    group = (tl.program_id(0) // pieces // parts).to(tl.int64)
+    group, part, piece = _work(tl.program_id(0), parts, pieces)
     target = part * BLOCK_TARGETS + tl.arange(0, BLOCK_TARGETS)
     column = piece * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    wanted = target < targets
-    if HAS_REAL and not TO_ROWS:
-        wanted = wanted & (tl.load(real + group * members + target, mask=wanted, other=0) != 0)
+    wanted = _taking_part(target, targets, real, group, members, not TO_ROWS, HAS_REAL)
     highest = tl.full([BLOCK_TARGETS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_TARGETS], tl.float32)
     mixed = tl.zeros([BLOCK_TARGETS, BLOCK_DIM], tl.float32)
     for start in range(0, sources, BLOCK_SOURCES):
         source = start + tl.arange(0, BLOCK_SOURCES)
-        given = source < sources
-        if HAS_REAL and TO_ROWS:
-            given = given & (tl.load(real + group * members + source, mask=given, other=0) != 0)
+        given = _taking_part(source, sources, real, group, members, TO_ROWS, HAS_REAL)
         inside = wanted[:, None] & given[None, :]
         place = _place(source, target, group, members, slots, TO_ROWS)
         x = tl.load(logits + place, mask=inside, other=float("-inf")).to(tl.float32)
@@ -132,19 +153,12 @@ def _grad_values(
     TO_ROWS: tl.constexpr, HAS_REAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_SOURCES: tl.constexpr, BLOCK_TARGETS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    if TO_ROWS:
-        sources, targets, of_source, of_target = members, slots, members, per_expert
-    else:
-        sources, targets, of_source, of_target = slots, members, per_expert, members
+    sources, targets, of_source, of_target = _ends(members, slots, per_expert, TO_ROWS)
     parts, pieces = tl.cdiv(sources, BLOCK_SOURCES), tl.cdiv(dim, BLOCK_DIM)
-    piece = tl.program_id(0) % pieces
-    part = tl.program_id(0) // pieces % parts
-    group = (tl.program_id(0) // pieces // parts).to(tl.int64)
+    group, part, piece = _work(tl.program_id(0), parts, pieces)
     source = part * BLOCK_SOURCES + tl.arange(0, BLOCK_SOURCES)
     column = piece * BLOCK_DIM + tl.arange(0, BLOCK_DIM)
-    given = source < sources
-    if HAS_REAL and TO_ROWS:
-        given = given & (tl.load(real + group * members + source, mask=given, other=0) != 0)
+    given = _taking_part(source, sources, real, group, members, TO_ROWS, HAS_REAL)
     summed = tl.zeros([BLOCK_SOURCES, BLOCK_DIM], tl.float32)
     for start in range(0, targets, BLOCK_TARGETS):
         target = start + tl.arange(0, BLOCK_TARGETS)
@@ -174,19 +188,12 @@ def _grad_logits(
     TO_ROWS: tl.constexpr, HAS_REAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_SOURCES: tl.constexpr, BLOCK_TARGETS: tl.constexpr, BLOCK_DIM: tl.constexpr,
 ):  # fmt: skip
-    if TO_ROWS:
-        sources, targets, of_source, of_target = members, slots, members, per_expert
-    else:
-        sources, targets, of_source, of_target = slots, members, per_expert, members
+    sources, targets, of_source, of_target = _ends(members, slots, per_expert, TO_ROWS)
     parts, pieces = tl.cdiv(targets, BLOCK_TARGETS), tl.cdiv(sources, BLOCK_SOURCES)
-    piece = tl.program_id(0) % pieces
-    part = tl.program_id(0) // pieces % parts
-    group = (tl.program_id(0) // pieces // parts).to(tl.int64)
+    group, part, piece = _work(tl.program_id(0), parts, pieces)
     source = piece * BLOCK_SOURCES + tl.arange(0, BLOCK_SOURCES)
     target = part * BLOCK_TARGETS + tl.arange(0, BLOCK_TARGETS)
-    given = source < sources
-    if HAS_REAL and TO_ROWS:
-        given = given & (tl.load(real + group * members + source, mask=given, other=0) != 0)
+    given = _taking_part(source, sources, real, group, members, TO_ROWS, HAS_REAL)
     source_row = _row(source, group, groups, of_source, not TO_ROWS)
     target_row = _row(target, group, groups, of_target, TO_ROWS)
     normalizer = tl.load(normalizers + target_row, mask=target < targets, other=float("inf"))
