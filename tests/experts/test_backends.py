@@ -4,6 +4,9 @@ That every backend computes what `reference` computes is the contract suite's cl
 (`moefold.testing.check_backend`); here is what that suite cannot know.
 """
 
+import os
+import signal
+import threading
 from dataclasses import replace
 from itertools import product
 from typing import cast
@@ -22,10 +25,17 @@ from moefold.experts import (
     choose_backend,
     explain_backends,
 )
-from moefold.experts.backends import PRIORITY, fused_blocks, fused_ops
+from moefold.experts.backends import (
+    PRIORITY,
+    fused_blocks,
+    fused_ops,
+    fused_parts,
+    fused_workers,
+)
 from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.fused_blocks import Blocks, room
 from moefold.experts.backends.fused_ops import WRITTEN
+from moefold.experts.backends.fused_workers import run_on, share_out, workers_for
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
@@ -207,6 +217,71 @@ def test_fused_computes_the_same_in_blocks_of_any_size(rows, monkeypatch):
     every = {**BACKEND_CHECKS, **MIX_CHECKS}.items()
     checks = {name: check for name, check in every if "compiles" not in name}
     assert run("fused", checks, case).ran == tuple(checks)
+
+
+@pytest.mark.parametrize("workers", [2, 3, 8])
+def test_fused_computes_the_same_with_several_workers(workers, monkeypatch):
+    # more of them than experts too; each with blocks of one expert and of several
+    monkeypatch.setattr(fused_workers, "WORTH_IT", 0)
+    shares = []
+    split = fused_workers.share_out
+    monkeypatch.setattr(
+        fused_parts, "share_out", lambda *given: shares.append(split(*given)) or shares[-1]
+    )
+    before = torch.get_num_threads()
+    torch.set_num_threads(workers)
+    try:
+        case = BackendCase(backend=FusedBackend(), device="cpu")
+        every = {**BACKEND_CHECKS, **MIX_CHECKS}.items()
+        checks = {name: check for name, check in every if "compiles" not in name}
+        assert run("fused", checks, case).ran == tuple(checks)
+        assert torch.get_num_threads() == workers
+    finally:
+        torch.set_num_threads(before)
+    assert max(sum(map(bool, found)) for found in shares) > 1
+
+
+def test_blocks_are_shared_out_by_size():
+    assert share_out([5, 1, 4, 3], 2) == [[0, 1], [2, 3]]  # 6 and 7
+    assert share_out([2, 2, 2], 2) == [[0, 2], [1]]
+    assert share_out([7], 3) == [[0], [], []]
+    assert share_out([], 2) == [[], []]
+
+
+def test_workers_are_for_large_work_and_few_threads(monkeypatch):
+    up, down = torch.empty(4, 64, 32), torch.empty(4, 32, 64)
+    monkeypatch.setattr(fused_workers, "WORTH_IT", 100 * 2 * 64 * 32)
+    for threads, rows, expected in ((1, 100, 1), (2, 99, 1), (2, 100, 2), (8, 100, 8), (9, 100, 1)):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        assert workers_for(rows, up, down) == expected
+
+
+def test_workers_compute_alone_and_what_fails_in_one_is_told():
+    before, found = torch.get_num_threads(), []
+
+    def work(share):
+        found.append((torch.get_num_threads(), torch.is_grad_enabled()))
+        if share == 1:
+            raise ValueError("no more memory")
+
+    with pytest.raises(ValueError, match="no more memory"):
+        run_on([0, 1, 2], work)
+    assert found == [(1, False)] * 3
+    assert torch.get_num_threads() == before
+    run_on([0], lambda share: found.append(threading.current_thread()))
+    assert found[-1] is threading.current_thread()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_workers_are_made_anew_after_a_fork():
+    done = []
+    run_on([0, 1], done.append)
+    child = os.fork()
+    if child == 0:  # as a worker of a data loader; it would wait for ever for threads it has not
+        signal.alarm(20)
+        run_on([2, 3], done.append)
+        os._exit(len(done))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
 
 
 class _Seen(TorchDispatchMode):

@@ -21,11 +21,15 @@ PARTS = ("layers", "decode", "models", "scaling")
 _PACKAGES = ("moefold", "torch", "transformers", "sentence-transformers", "triton", "numpy")
 
 
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+
+
 def surroundings(device: str) -> dict[str, Any]:
     """What a number means nothing without.
 
     Versions, the commit and whether its source was changed, the processor, what torch uses of it,
-    how many cores there are and how busy they were, and the accelerator.
+    how many cores there are and how busy they were, how threads were told to wait for each other,
+    and the accelerator.
     """
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -36,6 +40,7 @@ def surroundings(device: str) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "waiting": {name: os.environ[name] for name in _WAITING if name in os.environ},
         "device": device,
         "load_before": load(),
     }

@@ -26,6 +26,9 @@ BLOCK_ROWS = 1024
 BLOCK_NUMBERS = 1 << 21
 """Nor has its widest matrix more numbers: the memory for one block stays below a dense layer's."""
 
+BLOCKS_EACH = 4
+"""A block of several experts has no more rows than make about so many blocks for each worker."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -112,14 +115,19 @@ class Blocks:
         rows: how many there are, spare ones too.
         widest: numbers in a row of the widest matrix that is made of a block.
         like: of the dtype that is computed in.
+        workers: among how many the blocks will be shared out.
     """
 
-    def __init__(self, rows_per_expert: Tensor, rows: int, widest: int, like: Tensor) -> None:
+    def __init__(
+        self, rows_per_expert: Tensor, rows: int, widest: int, like: Tensor, workers: int = 1
+    ) -> None:
         counts = rows_per_expert.tolist()
         if sum(counts) > rows:
             raise ValueError(too_few_rows(sum(counts), rows))
         self._experts, self._rows = len(counts), rows
         most = min(BLOCK_ROWS, BLOCK_NUMBERS // widest)
+        if workers > 1:
+            most = min(most, max(sum(counts) // (BLOCKS_EACH * workers), 1))
         self._blocks: list[Block] = []
         block = None
         for expert, count in enumerate(counts):
@@ -136,6 +144,9 @@ class Blocks:
 
     def __len__(self) -> int:
         return len(self._blocks)
+
+    def __getitem__(self, i: int) -> Block:
+        return self._blocks[i]
 
     @property
     def largest(self) -> int:
@@ -184,26 +195,28 @@ def room(rows: int, experts: int, like: Tensor) -> int:
 
 @final
 class Scratch:
-    """Memory for one block at a time by name, made at its first use for the largest block."""
+    """Memory for one block at a time, by name.
 
-    def __init__(self, rows: int, like: Tensor) -> None:
-        self._rows, self._like = rows, like
+    Args:
+        rows: of the largest block.
+        like: of the dtype that is computed in.
+        **widths: of what there is room for, by name.
+    """
+
+    def __init__(self, rows: int, like: Tensor, **widths: int) -> None:
+        self._whole = {name: like.new_empty(rows, width) for name, width in widths.items()}
         self._views: dict[tuple[str, int], Tensor] = {}
 
-    def __call__(self, name: str, rows: int, width: int) -> Tensor:
+    def __call__(self, name: str, rows: int) -> Tensor:
         """`[rows, width]`, with whatever was there."""
         found = self._views.get((name, rows))
         if found is None:
-            whole = self._views.get((name, self._rows))
-            if whole is None:
-                whole = self._like.new_empty(self._rows, width)
-                self._views[name, self._rows] = whole
-            self._views[name, rows] = found = whole.narrow(0, 0, rows)
+            self._views[name, rows] = found = self._whole[name].narrow(0, 0, rows)
         return found
 
     def gathered(self, name: str, source: Tensor, tokens: Tensor, size: int) -> Tensor:
         """The tokens of a block's rows, with zeros for the rows that pad it."""
-        block = self(name, size, source.shape[1])
+        block = self(name, size)
         count = tokens.shape[0]
         part = block if count == size else block[:count]
         if source.dtype == block.dtype:

@@ -27,8 +27,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moefold.experts.backends.fused_blocks import Blocks, Scratch, room
+from moefold.experts.backends.fused_blocks import Blocks, room
+from moefold.experts.backends.fused_parts import Part, make_parts, total
 from moefold.experts.backends.fused_products import Linears, Sums, in_dtype_of
+from moefold.experts.backends.fused_workers import run_on, workers_for
 
 _aten = torch.ops.aten
 
@@ -103,42 +105,52 @@ def mixture(
         dtype: of the result; every input is cast block by block to what it is computed in.
         keep: whether there will be a backward pass.
     """
-    activate, width = WRITTEN[activation][0], down.shape[2]
-    like = x.new_empty(0, dtype=work_dtype(dtype))
-    blocks = Blocks(rows_per_expert, token_of_row.shape[0], max(up.shape[1:]), like)
-    scratch = Scratch(blocks.largest, like)
-    kept_rows = room(token_of_row.shape[0], up.shape[0], like) if keep else 0
+    activate, width, dim = WRITTEN[activation][0], down.shape[2], down.shape[1]
+    rows, like = token_of_row.shape[0], x.new_empty(0, dtype=work_dtype(dtype))
+    workers = workers_for(rows, up, down)
+    blocks = Blocks(rows_per_expert, rows, max(up.shape[1:]), like, workers)
+    kept_rows = room(rows, up.shape[0], like) if keep else 0
     kept = like.new_empty(kept_rows, width), like.new_empty(kept_rows if gated else 0, width)
     if not len(blocks):
-        nothing = x.new_zeros(x.shape[0], down.shape[1], dtype=dtype)
+        nothing = x.new_zeros(x.shape[0], dim, dtype=dtype)
         return nothing, kept[0].zero_(), kept[1].zero_()
     firsts, seconds = (blocks.padded(part) if part.shape[0] else None for part in kept)
     # Sums over the experts of a token are rounded once, at their end.
-    out = x.new_zeros(x.shape[0], down.shape[1], dtype=torch.promote_types(dtype, torch.float32))
+    sum_dtype = torch.promote_types(dtype, torch.float32)
     tokens = blocks.own(token_of_row)
-    weights = None if weight_of_row is None else blocks.own(weight_of_row.to(out.dtype)[:, None])
+    weights = None if weight_of_row is None else blocks.own(weight_of_row.to(sum_dtype)[:, None])
     turned = up.transpose(1, 2)
     to_pre, to_value = (
         Linears(blocks, turned[..., half], None if up_bias is None else up_bias[:, half])
         for half in (slice(width), slice(width, None))
     )
     to_out = Linears(blocks, down.transpose(1, 2), down_bias)
-    for i, block in enumerate(blocks):
-        rows = scratch.gathered("x", x, tokens[i], block.size)
-        pre = scratch("pre", block.size, width) if firsts is None else firsts[i]
-        to_pre(block, rows, pre)
-        hidden = activate(pre, out=scratch("hidden", block.size, width))
-        if gated:
-            value = scratch("value", block.size, width) if seconds is None else seconds[i]
-            to_value(block, rows, value)
-            hidden.mul_(value)
-        result = scratch("out", block.size, down.shape[1])
-        to_out(block, hidden, result)
-        result = result if block.size == block.count else result[: block.count]
-        _add_at(out, tokens[i], result, None if weights is None else weights[i])
+
+    def through(part: Part) -> None:
+        scratch = part.scratch
+        for i in part.share:
+            block = blocks[i]
+            found = scratch.gathered("x", x, tokens[i], block.size)
+            pre = scratch("pre", block.size) if firsts is None else firsts[i]
+            to_pre(block, found, pre)
+            hidden = activate(pre, out=scratch("hidden", block.size))
+            if gated:
+                value = scratch("value", block.size) if seconds is None else seconds[i]
+                to_value(block, found, value)
+                hidden.mul_(value)
+            result = scratch("out", block.size)
+            to_out(block, hidden, result)
+            result = result if block.size == block.count else result[: block.count]
+            _add_at(part.sums, tokens[i], result, None if weights is None else weights[i])
+
+    widths = {"x": x.shape[1], "hidden": width, "out": dim}
+    if not keep:
+        widths |= {"pre": width, "value": width} if gated else {"pre": width}
+    parts = make_parts(blocks, workers, x.new_zeros(x.shape[0], dim, dtype=sum_dtype), widths, like)
+    run_on(parts, through)
     for part in kept:
         part[blocks.size :].zero_()
-    return out.to(dtype), *kept
+    return total(parts).to(dtype), *kept
 
 
 def _add_at(out: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
@@ -172,10 +184,9 @@ def mixture_backward(
     given = (x, weight_of_row, up, down, up_bias, down_bias)
     of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = made = _gradients(given, wanted)
     for_x, for_weight, *_ = wanted
-    blocks = Blocks(rows_per_expert, token_of_row.shape[0], max(up.shape[1:]), pre)
+    workers = workers_for(token_of_row.shape[0], up, down)
+    blocks = Blocks(rows_per_expert, token_of_row.shape[0], max(up.shape[1:]), pre, workers)
     blocks.zero_idle(*(t for t, w in zip(made[2:], wanted[2:], strict=True) if w))
-    scratch = Scratch(blocks.largest, pre)
-    of_x = of_x.to(torch.promote_types(x.dtype, torch.float32)).zero_()
     of_weight.zero_()
     tokens, firsts = blocks.own(token_of_row), blocks.padded(pre)
     seconds = blocks.padded(value) if gated else firsts
@@ -188,46 +199,63 @@ def mixture_backward(
         Sums(blocks, t.unsqueeze(1)) if t.numel() else None for t in (of_up_bias, of_down_bias)
     )
     goes_on = for_x or sum_up is not None or sum_up_bias is not None  # through the activation
-    for i, block in enumerate(blocks):
-        size, weight = block.size, None if weights is None else weights[i]
-        g = scratch.gathered("grad", grad, tokens[i], size)
-        hidden = activated = activate(firsts[i], out=scratch("activated", size, width))
-        if gated:
-            hidden = torch.mul(activated, seconds[i], out=scratch("hidden", size, width))
-        of_hidden = scratch("of_hidden", size, width)
-        if for_weight or goes_on:
-            back_down(block, g, of_hidden)
-        if for_weight:
-            products = torch.mul(of_hidden, hidden, out=scratch("products", size, width))
-            products = products if size == block.count else products[: block.count]
-            torch.sum(products, 1, dtype=of_weight.dtype, out=of_weights[i])
-            if along_bias is not None:
-                of_bias = scratch("of_bias", size, 1)
-                along_bias(block, g, of_bias)
-                of_weights[i].add_(of_bias[: block.count, 0])
-        if sum_down_bias:
-            sum_down_bias(block, g.new_ones(size, 1) if weight is None else weight, g)
-        if sum_down:
-            # Nothing reads `hidden` after this.
-            sum_down(block, g, hidden if weight is None else hidden.mul_(weight))
-        if not goes_on:
-            continue
-        if weight is not None:
-            of_hidden.mul_(weight)
-        of_first = scratch("of_first", size, up.shape[1]) if gated else of_hidden
-        if gated:
-            torch.mul(of_hidden, activated, out=of_first[:, width:])
-            of_hidden.mul_(seconds[i])
-        derivative(of_hidden, firsts[i], out=of_first[:, :width])
-        if sum_up_bias:
-            sum_up_bias(block, g.new_ones(size, 1), of_first)
-        if sum_up:
-            sum_up(block, of_first, scratch.gathered("x", x, tokens[i], size))
-        if for_x:
-            of_rows = scratch("out", size, x.shape[1])
-            back_up(block, of_first, of_rows)
-            _add_at(of_x, tokens[i], of_rows[: block.count], None)
-    return of_x.to(x.dtype), of_weight, of_up, of_down, of_up_bias, of_down_bias
+
+    def back(part: Part) -> None:
+        scratch = part.scratch
+        for i in part.share:
+            block, weight = blocks[i], None if weights is None else weights[i]
+            size = block.size
+            g = scratch.gathered("grad", grad, tokens[i], size)
+            hidden = activated = activate(firsts[i], out=scratch("activated", size))
+            if gated:
+                hidden = torch.mul(activated, seconds[i], out=scratch("hidden", size))
+            of_hidden = scratch("of_hidden", size)
+            if for_weight or goes_on:
+                back_down(block, g, of_hidden)
+            if for_weight:
+                products = torch.mul(of_hidden, hidden, out=scratch("products", size))
+                products = products if size == block.count else products[: block.count]
+                torch.sum(products, 1, dtype=of_weight.dtype, out=of_weights[i])
+                if along_bias is not None:
+                    of_bias = scratch("of_bias", size)
+                    along_bias(block, g, of_bias)
+                    of_weights[i].add_(of_bias[: block.count, 0])
+            if sum_down_bias:
+                sum_down_bias(block, g.new_ones(size, 1) if weight is None else weight, g)
+            if sum_down:
+                # Nothing reads `hidden` after this.
+                sum_down(block, g, hidden if weight is None else hidden.mul_(weight))
+            if not goes_on:
+                continue
+            if weight is not None:
+                of_hidden.mul_(weight)
+            of_first = scratch("of_first", size) if gated else of_hidden
+            if gated:
+                torch.mul(of_hidden, activated, out=of_first[:, width:])
+                of_hidden.mul_(seconds[i])
+            derivative(of_hidden, firsts[i], out=of_first[:, :width])
+            if sum_up_bias:
+                sum_up_bias(block, g.new_ones(size, 1), of_first)
+            if sum_up:
+                sum_up(block, of_first, scratch.gathered("x", x, tokens[i], size))
+            if for_x:
+                of_rows = scratch("out", size)
+                back_up(block, of_first, of_rows)
+                _add_at(part.sums, tokens[i], of_rows[: block.count], None)
+
+    widths = {"grad": grad.shape[1], "activated": width, "of_hidden": width}
+    if gated:
+        widths |= {"hidden": width, "of_first": up.shape[1]}
+    if for_weight:
+        widths |= {"products": width, "of_bias": 1}
+    if sum_up:
+        widths["x"] = x.shape[1]
+    if for_x:
+        widths["out"] = x.shape[1]
+    sums = of_x.to(torch.promote_types(x.dtype, torch.float32)).zero_()
+    parts = make_parts(blocks, workers, sums, widths, pre)
+    run_on(parts, back)
+    return total(parts).to(x.dtype), of_weight, of_up, of_down, of_up_bias, of_down_bias
 
 
 def _columns(blocks: Blocks, weight_of_row: Tensor, like: Tensor) -> Sequence[Tensor]:
