@@ -6,6 +6,8 @@ own to add them to. Which ones is decided by sizes alone, so that a result does 
 came first.
 
 The threads compute without autograd, autocast and modes, as whatever runs inside of an operator.
+
+Shapes: stacks of matrices are `experts out in`.
 """
 
 import os
