@@ -149,11 +149,6 @@ class Blocks:
         return self._blocks[i]
 
     @property
-    def largest(self) -> int:
-        """Rows of the largest block."""
-        return max((block.size for block in self._blocks), default=0)
-
-    @property
     def size(self) -> int:
         """Rows of all blocks, with those that pad them."""
         return sum(block.size for block in self._blocks)
