@@ -18,6 +18,8 @@ from torch import Tensor
 # small one; a test that wants many tiles makes them smaller.
 SMALLEST = 16
 INTERPRETED = 64
+# So many tiles go through all columns together, see `pieces.place`.
+GROUP = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,3 +86,19 @@ def precision_of(like: Tensor) -> str:
     if like.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32":
         return "tf32"
     return "ieee"
+
+
+def launch(blocks: Blocks, like: Tensor) -> dict[str, int | str]:
+    """Return what every product is launched with: its blocks, and how numbers like these multiply.
+
+    `GROUP` is for `pieces.place`.
+    """
+    return {
+        "PRECISION": precision_of(like),
+        "ROWS": blocks.rows,
+        "COLUMNS": blocks.columns,
+        "DEPTH": blocks.depth,
+        "GROUP": GROUP,
+        "num_warps": blocks.warps,
+        "num_stages": blocks.stages,
+    }

@@ -19,11 +19,9 @@ from torch import Tensor
 from triton import language as tl
 
 from moefold.ops.triton.activation import activated
-from moefold.ops.triton.blocks import Blocks, of_halves, precision_of
+from moefold.ops.triton.blocks import Blocks, launch, of_halves
 from moefold.ops.triton.pieces import place, product, rows_of
 from moefold.ops.triton.schedule import Schedule
-
-GROUP = 8
 
 
 def first(
@@ -75,15 +73,9 @@ def first(
         BIAS=bias is not None,
         KEEP=pre is not None,
         ACTIVATION=activation,
-        PRECISION=precision_of(x),
         RAGGED_DEPTH=x.shape[1] % sizes.depth != 0,
         RAGGED_COLUMNS=width % sizes.columns != 0,
-        ROWS=sizes.rows,
-        COLUMNS=sizes.columns,
-        DEPTH=sizes.depth,
-        GROUP=GROUP,
-        num_warps=sizes.warps,
-        num_stages=sizes.stages,
+        **launch(sizes, x),
     )
 
 

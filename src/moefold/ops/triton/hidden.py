@@ -24,11 +24,9 @@ from torch import Tensor
 from triton import language as tl
 
 from moefold.ops.triton.activation import activated
-from moefold.ops.triton.blocks import Blocks, of_halves, precision_of
+from moefold.ops.triton.blocks import Blocks, launch, of_halves
 from moefold.ops.triton.pieces import place, product, read, rows_of
 from moefold.ops.triton.schedule import Schedule
-
-GROUP = 8
 
 
 def columns_of(blocks: Blocks, width: int) -> int:
@@ -97,15 +95,9 @@ def hidden_backward(
         FOR_DOWN=weighted is not None,
         FOR_WEIGHT=of_weight is not None,
         ACTIVATION=activation,
-        PRECISION=precision_of(grad),
         RAGGED_DEPTH=grad.shape[1] % sizes.depth != 0,
         RAGGED_COLUMNS=width % sizes.columns != 0,
-        ROWS=sizes.rows,
-        COLUMNS=sizes.columns,
-        DEPTH=sizes.depth,
-        GROUP=GROUP,
-        num_warps=sizes.warps,
-        num_stages=sizes.stages,
+        **launch(sizes, grad),
     )
 
 

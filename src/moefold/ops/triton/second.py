@@ -19,11 +19,9 @@ from jaxtyping import Float
 from torch import Tensor
 from triton import language as tl
 
-from moefold.ops.triton.blocks import Blocks, precision_of
+from moefold.ops.triton.blocks import Blocks, launch
 from moefold.ops.triton.pieces import place, product, rows_of
 from moefold.ops.triton.schedule import Schedule
-
-GROUP = 8
 
 
 def second(
@@ -62,15 +60,9 @@ def second(
         *((0, 0) if bias is None else bias.stride()),
         BIAS=bias is not None,
         CLEAR_SPARE=clear_spare,
-        PRECISION=precision_of(rows),
         RAGGED_DEPTH=rows.shape[1] % blocks.depth != 0,
         RAGGED_COLUMNS=out.shape[1] % blocks.columns != 0,
-        ROWS=blocks.rows,
-        COLUMNS=blocks.columns,
-        DEPTH=blocks.depth,
-        GROUP=GROUP,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **launch(blocks, rows),
     )
 
 

@@ -18,10 +18,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from triton import language as tl
 
-from moefold.ops.triton.blocks import of_weights, precision_of
+from moefold.ops.triton.blocks import launch, of_weights
 from moefold.ops.triton.pieces import dot, place, read
 
-GROUP = 8
 # Rows and columns that one program of `sums` adds up at a time.
 SUMMED_ROWS, SUMMED_COLUMNS = 32, 128
 
@@ -63,14 +62,8 @@ def outer(
         *right.stride(),
         GATHER_LEFT=gather_left,
         GATHER_RIGHT=gather_right,
-        PRECISION=precision_of(left),
         RAGGED=high % blocks.rows != 0,
-        ROWS=blocks.rows,
-        COLUMNS=blocks.columns,
-        DEPTH=blocks.depth,
-        GROUP=GROUP,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **launch(blocks, left),
     )
 
 
