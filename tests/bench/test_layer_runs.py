@@ -89,6 +89,16 @@ def test_another_shape_is_no_agreement():
     assert disagreement({"a": torch.ones(2)}, {"a": torch.ones(3)}).error == float("inf")
 
 
+def test_a_single_number_is_judged_with_its_module():
+    wanted = {"y": torch.ones(1), "router.scale": torch.tensor(1e-3), "router.phi": torch.ones(100)}
+    found = {**wanted, "router.scale": torch.tensor(2e-3)}
+    assert disagreement(found, wanted).where == "router.scale"
+    assert disagreement(found, wanted).error == pytest.approx(1e-4)  # of a norm of 10
+    # Nothing else is let off: neither another module nor a vector.
+    assert disagreement({**wanted, "y": torch.ones(1) * 1.5}, wanted).error == pytest.approx(0.5)
+    assert disagreement({**wanted, "router.phi": torch.ones(100) * 2}, wanted).error == 1
+
+
 def test_one_wrong_expert_in_200_tokens_is_seen_even_in_bf16():
     # What the tolerance of bf16 promises.
     shape = Shape(name="tokens", tokens=200, dim=16, width=24, experts=4, k=1)

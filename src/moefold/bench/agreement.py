@@ -4,7 +4,7 @@ Shapes: `batch tokens dim`; gradients as in `moefold.experts`.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -83,24 +83,39 @@ def gradients_of(layer: MoE) -> dict[str, Tensor]:
 
 
 def disagreement(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Disagreement:
-    """The largest error over what was found."""
-    errors = {name: _relative(tensor, wanted[name]) for name, tensor in found.items()}
+    """The largest error over what was found.
+
+    A gradient of a single number is a sum of very many that nearly cancel: its rounding is that of
+    what was added, not of what is left. It is judged together with its module's other gradients.
+    """
+    together: dict[str, list[str]] = {}
+    for name in found:
+        single = wanted[name].numel() == 1
+        together[name] = [other for other in found if _module(other) == _module(name)]
+        together[name] = together[name] if single else [name]
+    errors = {
+        name: _relative([found[n] for n in names], [wanted[n] for n in names])
+        for name, names in together.items()
+    }
     # NaN is larger than any number.
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return Disagreement(error=errors[worst], where=worst)
 
 
-def _relative(found: Tensor, wanted: Tensor) -> float:
-    if found.shape != wanted.shape:
-        return float("inf")
-    if wanted.numel() == 0:
-        return 0.0
+def _module(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     off = of = 0.0
-    # In pieces: a gradient of a billion numbers, in float64 and three times, may not fit.
-    pieces = (t.detach().reshape(-1).split(_PIECE) for t in (found, wanted))
-    for mine, theirs in zip(*pieces, strict=True):
-        off += float((mine.double() - theirs.double()).square().sum())
-        of += float(theirs.double().square().sum())
+    for mine, theirs in zip(found, wanted, strict=True):
+        if mine.shape != theirs.shape:
+            return float("inf")
+        # In pieces: a gradient of a billion numbers, in float64 and three times, may not fit.
+        pieces = (t.detach().reshape(-1).split(_PIECE) for t in (mine, theirs))
+        for one, other in zip(*pieces, strict=True):
+            off += float((one.double() - other.double()).square().sum())
+            of += float(other.double().square().sum())
     return math.sqrt(off) / max(math.sqrt(of), 1e-30)
 
 

@@ -14,6 +14,7 @@ import torch
 
 from moefold.evaluate.files import whole_file
 from moefold.evaluate.surroundings import processor
+from moefold.ops.cpu.compiled import library
 
 SCHEMA = 1
 KIND = "moefold bench"
@@ -22,15 +23,23 @@ _PACKAGES = ("moefold", "torch", "transformers", "sentence-transformers", "trito
 
 
 _WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
+_MEMORY = (
+    "LD_PRELOAD",
+    "MALLOC_CONF",
+    "MALLOC_MMAP_MAX_",
+    "MALLOC_TRIM_THRESHOLD_",
+    "THP_MEM_ALLOC_ENABLE",
+)
 
 
 def surroundings(device: str) -> dict[str, Any]:
     """What a number means nothing without.
 
     Versions, the commit and whether its source was changed, the processor, what torch uses of it,
-    how many cores there are and how busy they were, how threads were told to wait for each other,
-    and the accelerator.
+    how many cores there are and how busy they were, what the environment says of threads that wait
+    and of memory, whether products are compiled, and the accelerator.
     """
+    compiled = library()
     found: dict[str, Any] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -41,6 +50,8 @@ def surroundings(device: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "waiting": {name: os.environ[name] for name in _WAITING if name in os.environ},
+        "memory": {name: os.environ[name] for name in _MEMORY if name in os.environ},
+        "compiled products": "no: " + compiled if isinstance(compiled, str) else "yes",
         "device": device,
         "load_before": load(),
     }

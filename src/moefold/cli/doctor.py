@@ -17,6 +17,7 @@ from moefold.cli.models import open_model
 from moefold.cli.options import parse
 from moefold.experts import Experts, explain_backends
 from moefold.inspect.leakage import Leakage, leakage
+from moefold.ops.cpu.compiled import library
 from moefold.rerouting.saved import load
 from moefold.surgery.encoder import minilm_folder
 from moefold.surgery.saved import MANIFEST, REROUTED
@@ -101,6 +102,9 @@ def _versions() -> Iterator[str]:
 def _devices() -> Iterator[str]:
     cores = os.cpu_count()
     yield f"  {'cpu':<22} {platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
+    found = library()
+    verdict = f"cannot be used: {found}" if isinstance(found, str) else "can be used"
+    yield f"  {'compiled products':<22} {verdict}"
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         yield f"  {f'cuda:{index}':<22} {facts.name}, {facts.total_memory / 2**30:.0f} GiB"

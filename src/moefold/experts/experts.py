@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from moefold.experts import activations
 from moefold.experts.activations import Activation
 from moefold.experts.backends import AUTO, AbstractMixer, ExpertWeights, choose_backend
+from moefold.ops.cpu.pages import in_huge_pages
 from moefold.routing import SparseRouting
 
 
@@ -68,7 +69,8 @@ class Experts(nn.Module):
         self.activation = activations.canonical(activation)
 
         def parameter(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(num_experts, *shape, device=device, dtype=dtype))
+            fresh = torch.empty(num_experts, *shape, device=device, dtype=dtype)
+            return nn.Parameter(in_huge_pages(fresh))
 
         wide = 2 * width if gated else width
         self.register_parameter(self._up_name, parameter(wide, dim))

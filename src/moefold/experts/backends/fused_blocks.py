@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import final
 
-import torch
 from torch import Tensor
 
+from moefold.ops.cpu import products
 from moefold.ops.grouped import padded, too_few_rows
 
 BLOCK_ROWS = 1024
@@ -64,9 +64,11 @@ class Block:
         first_run: place of its first run among those of all blocks.
         count: rows of all of them.
         size: the same with the rows that pad it.
+        compiled: whether compiled code multiplies it, see `ops.cpu.products`.
     """
 
     first_run: int
+    compiled: bool = False
     runs: list[Run] = field(default_factory=list)
     count: int = 0
     size: int = 0
@@ -91,12 +93,13 @@ class Block:
                 return
         self.runs.append(Run(first=expert, experts=1, size=size))
 
+    def split(self, of_row: Tensor) -> Sequence[Tensor]:
+        """Of something of every row, what belongs to each run."""
+        return (of_row,) if len(self.runs) == 1 else of_row.split([r.size for r in self.runs])
+
     def by_run(self, rows: Tensor) -> Sequence[Tensor]:
         """The rows of every run as a factor, see `Run.each`."""
-        if len(self.runs) == 1:
-            return (self.runs[0].each(rows),)
-        parts = rows.split([run.size for run in self.runs])
-        return [run.each(part) for run, part in zip(self.runs, parts, strict=True)]
+        return [run.each(part) for run, part in zip(self.runs, self.split(rows), strict=True)]
 
     def own(self, of_run: Sequence[Tensor]) -> Sequence[Tensor]:
         """Of something of every run of all blocks, that of its own runs."""
@@ -116,10 +119,18 @@ class Blocks:
         widest: numbers in a row of the widest matrix that is made of a block.
         like: of the dtype that is computed in.
         workers: among how many the blocks will be shared out.
+        compiled: whether compiled code multiplies blocks of experts whose rows suit it.
     """
 
     def __init__(
-        self, rows_per_expert: Tensor, rows: int, widest: int, like: Tensor, workers: int = 1
+        self,
+        rows_per_expert: Tensor,
+        rows: int,
+        widest: int,
+        like: Tensor,
+        *,
+        workers: int = 1,
+        compiled: bool = False,
     ) -> None:
         counts = rows_per_expert.tolist()
         if sum(counts) > rows:
@@ -133,9 +144,10 @@ class Blocks:
         for expert, count in enumerate(counts):
             if not count:
                 continue
-            size = padded(count, like)
-            if block is None or not block.has_room(size, count, most):
-                block = Block(first_run=block.end_run if block else 0)
+            size, suits = padded(count, like), compiled and products.suits(count)
+            fits = block and block.compiled == suits and block.has_room(size, count, most)
+            if block is None or not fits:
+                block = Block(first_run=block.end_run if block else 0, compiled=suits)
                 self._blocks.append(block)
             block.take(expert, count, size)
 
@@ -195,10 +207,12 @@ class Scratch:
     Args:
         rows: of the largest block.
         like: of the dtype that is computed in.
+        compiled: whether there is memory for compiled products, `room`, too.
         **widths: of what there is room for, by name.
     """
 
-    def __init__(self, rows: int, like: Tensor, **widths: int) -> None:
+    def __init__(self, rows: int, like: Tensor, *, compiled: bool = False, **widths: int) -> None:
+        self.room = products.make_room() if compiled else None
         self._whole = {name: like.new_empty(rows, width) for name, width in widths.items()}
         self._views: dict[tuple[str, int], Tensor] = {}
 
@@ -208,16 +222,3 @@ class Scratch:
         if found is None:
             self._views[name, rows] = found = self._whole[name].narrow(0, 0, rows)
         return found
-
-    def gathered(self, name: str, source: Tensor, tokens: Tensor, size: int) -> Tensor:
-        """The tokens of a block's rows, with zeros for the rows that pad it."""
-        block = self(name, size)
-        count = tokens.shape[0]
-        part = block if count == size else block[:count]
-        if source.dtype == block.dtype:
-            torch.index_select(source, 0, tokens, out=part)
-        else:
-            part.copy_(source.index_select(0, tokens))
-        if count < size:
-            block[count:].zero_()
-        return block

@@ -29,8 +29,10 @@ from torch.autograd.function import once_differentiable
 
 from moefold.experts.backends.fused_blocks import Blocks, room
 from moefold.experts.backends.fused_parts import Part, make_parts, total
-from moefold.experts.backends.fused_products import Linears, Sums, in_dtype_of
+from moefold.experts.backends.fused_products import Linears, Picked, Sums, in_dtype_of
 from moefold.experts.backends.fused_workers import run_on, workers_for
+from moefold.ops.cpu import products
+from moefold.ops.cpu.pages import in_huge_pages
 
 _aten = torch.ops.aten
 
@@ -107,8 +109,7 @@ def mixture(
     """
     activate, width, dim = WRITTEN[activation][0], down.shape[2], down.shape[1]
     rows, like = token_of_row.shape[0], x.new_empty(0, dtype=work_dtype(dtype))
-    workers = workers_for(rows, up, down)
-    blocks = Blocks(rows_per_expert, rows, max(up.shape[1:]), like, workers)
+    blocks, workers = _blocks(rows_per_expert, rows, up, down, like)
     kept_rows = room(rows, up.shape[0], like) if keep else 0
     kept = like.new_empty(kept_rows, width), like.new_empty(kept_rows if gated else 0, width)
     if not len(blocks):
@@ -117,8 +118,10 @@ def mixture(
     firsts, seconds = (blocks.padded(part) if part.shape[0] else None for part in kept)
     # Sums over the experts of a token are rounded once, at their end.
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    tokens = blocks.own(token_of_row)
-    weights = None if weight_of_row is None else blocks.own(weight_of_row.to(sum_dtype)[:, None])
+    tokens = blocks.own(token_of_row.contiguous())
+    weights = None
+    if weight_of_row is not None:
+        weights = blocks.own(weight_of_row.to(sum_dtype).contiguous())
     turned = up.transpose(1, 2)
     to_pre, to_value = (
         Linears(blocks, turned[..., half], None if up_bias is None else up_bias[:, half])
@@ -130,18 +133,16 @@ def mixture(
         scratch = part.scratch
         for i in part.share:
             block = blocks[i]
-            found = scratch.gathered("x", x, tokens[i], block.size)
+            found = Picked(block, x, tokens[i], scratch, "x")
             pre = scratch("pre", block.size) if firsts is None else firsts[i]
-            to_pre(block, found, pre)
+            to_pre(block, found, pre, scratch)
             hidden = activate(pre, out=scratch("hidden", block.size))
             if gated:
                 value = scratch("value", block.size) if seconds is None else seconds[i]
-                to_value(block, found, value)
+                to_value(block, found, value, scratch)
                 hidden.mul_(value)
-            result = scratch("out", block.size)
-            to_out(block, hidden, result)
-            result = result if block.size == block.count else result[: block.count]
-            _add_at(part.sums, tokens[i], result, None if weights is None else weights[i])
+            weight = None if weights is None else weights[i]
+            to_out.add_to(part.sums, tokens[i], block, hidden, weight, scratch)
 
     widths = {"x": x.shape[1], "hidden": width, "out": dim}
     if not keep:
@@ -153,13 +154,18 @@ def mixture(
     return total(parts).to(dtype), *kept
 
 
-def _add_at(out: Tensor, tokens: Tensor, rows: Tensor, weights: Tensor | None) -> None:
-    """Add rows, each times its weight, to their tokens; the rows may be overwritten."""
-    if rows.dtype != out.dtype:
-        rows = rows.to(out.dtype) if weights is None else rows * weights
-    elif weights is not None:
-        rows.mul_(weights)
-    out.index_add_(0, tokens, rows)
+def _blocks(
+    rows_per_expert: Tensor, rows: int, up: Tensor, down: Tensor, like: Tensor
+) -> tuple[Blocks, int]:
+    """The blocks, and among how many threads to share them."""
+    workers = workers_for(rows, up, down)
+    # Compiled code runs in one thread, and is no match for torch's where that has several.
+    alone = workers > 1 or torch.get_num_threads() == 1
+    compiled = alone and products.can_multiply(like, up, down)
+    blocks = Blocks(
+        rows_per_expert, rows, max(up.shape[1:]), like, workers=workers, compiled=compiled
+    )
+    return blocks, workers
 
 
 @torch.library.custom_op("moefold::fused_mixture_backward", mutates_args=())
@@ -184,11 +190,10 @@ def mixture_backward(
     given = (x, weight_of_row, up, down, up_bias, down_bias)
     of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = made = _gradients(given, wanted)
     for_x, for_weight, *_ = wanted
-    workers = workers_for(token_of_row.shape[0], up, down)
-    blocks = Blocks(rows_per_expert, token_of_row.shape[0], max(up.shape[1:]), pre, workers)
+    blocks, workers = _blocks(rows_per_expert, token_of_row.shape[0], up, down, pre)
     blocks.zero_idle(*(t for t, w in zip(made[2:], wanted[2:], strict=True) if w))
     of_weight.zero_()
-    tokens, firsts = blocks.own(token_of_row), blocks.padded(pre)
+    tokens, firsts = blocks.own(token_of_row.contiguous()), blocks.padded(pre)
     seconds = blocks.padded(value) if gated else firsts
     weights = None if weight_of_row is None else _columns(blocks, weight_of_row, pre)
     back_down, back_up = Linears(blocks, down), Linears(blocks, up)
@@ -205,26 +210,28 @@ def mixture_backward(
         for i in part.share:
             block, weight = blocks[i], None if weights is None else weights[i]
             size = block.size
-            g = scratch.gathered("grad", grad, tokens[i], size)
+            g = Picked(block, grad, tokens[i], scratch, "grad")
             hidden = activated = activate(firsts[i], out=scratch("activated", size))
             if gated:
                 hidden = torch.mul(activated, seconds[i], out=scratch("hidden", size))
             of_hidden = scratch("of_hidden", size)
             if for_weight or goes_on:
-                back_down(block, g, of_hidden)
+                back_down(block, g, of_hidden, scratch)
             if for_weight:
                 products = torch.mul(of_hidden, hidden, out=scratch("products", size))
                 products = products if size == block.count else products[: block.count]
                 torch.sum(products, 1, dtype=of_weight.dtype, out=of_weights[i])
                 if along_bias is not None:
                     of_bias = scratch("of_bias", size)
-                    along_bias(block, g, of_bias)
+                    along_bias(block, g, of_bias, scratch)
                     of_weights[i].add_(of_bias[: block.count, 0])
             if sum_down_bias:
-                sum_down_bias(block, g.new_ones(size, 1) if weight is None else weight, g)
+                ones = hidden.new_ones(size, 1)
+                sum_down_bias(block, ones if weight is None else weight, g, scratch)
             if sum_down:
                 # Nothing reads `hidden` after this.
-                sum_down(block, g, hidden if weight is None else hidden.mul_(weight))
+                hidden = hidden if weight is None else hidden.mul_(weight)
+                sum_down(block, g, hidden, scratch)
             if not goes_on:
                 continue
             if weight is not None:
@@ -235,13 +242,12 @@ def mixture_backward(
                 of_hidden.mul_(seconds[i])
             derivative(of_hidden, firsts[i], out=of_first[:, :width])
             if sum_up_bias:
-                sum_up_bias(block, g.new_ones(size, 1), of_first)
+                sum_up_bias(block, of_first.new_ones(size, 1), of_first, scratch)
             if sum_up:
-                sum_up(block, of_first, scratch.gathered("x", x, tokens[i], size))
+                found = Picked(block, x, tokens[i], scratch, "x")
+                sum_up(block, of_first, found, scratch)
             if for_x:
-                of_rows = scratch("out", size)
-                back_up(block, of_first, of_rows)
-                _add_at(part.sums, tokens[i], of_rows[: block.count], None)
+                back_up.add_to(part.sums, tokens[i], block, of_first, None, scratch)
 
     widths = {"grad": grad.shape[1], "activated": width, "of_hidden": width}
     if gated:
@@ -274,7 +280,7 @@ def _gradients(given: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[
     like = given[0]
     assert like is not None
     return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device)
+        in_huge_pages(torch.empty(t.shape, dtype=t.dtype, device=t.device))
         if w and t is not None
         else like.new_empty(0)
         for t, w in zip(given, wanted, strict=True)

@@ -46,7 +46,12 @@ def make_parts(
         Part(
             share=share,
             sums=torch.zeros_like(sums) if i else sums,
-            scratch=Scratch(max((blocks[j].size for j in share), default=0), like, **widths),
+            scratch=Scratch(
+                max((blocks[j].size for j in share), default=0),
+                like,
+                compiled=any(blocks[j].compiled for j in share),
+                **widths,
+            ),
         )
         for i, share in enumerate(shares)
     ]

@@ -1,0 +1,384 @@
+/* Products with a few dozen rows, for x86-64 with AVX2 and FMA, float32.
+ *
+ * An expert has few rows and large matrices. Libraries arrange both factors of a product anew,
+ * which pays if each number is then used for hundreds of rows; for 64 rows it costs a fifth.
+ * Here rows are read where they lie, and a matrix is arranged 16 columns at a time in first-level
+ * cache while the next 16 columns are already being fetched. Rows need not be gathered before a
+ * product, nor added to their tokens after it: both have an index.
+ *
+ * A number of a result is one sum in the order of the depth, in steps of DEPTH, whatever else there
+ * is to compute: it depends on its own row and column alone.
+ *
+ * All strides count floats. The numbers of a row follow each other; rows need not.
+ */
+
+#include <immintrin.h>
+#include <stdint.h>
+
+enum {
+    HEIGHT = 6,      /* rows and columns that one pass over the depth makes, */
+    WIDTH = 16,      /* with 12 of 16 registers */
+    DEPTH = 768,     /* numbers of a column that are arranged at a time */
+    ROWS = 96,       /* rows of so many numbers that second-level cache keeps */
+    SHORT = 256,     /* depth of a part of a sum over rows */
+    STRIP = 1 << 17, /* numbers of its right factor that second-level cache keeps */
+};
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* What to fetch while computing: two lines for every 16 steps of depth. */
+typedef struct {
+    const float *one, *other;
+    long step;
+} Ahead;
+
+/* As written: compilers would use a form that needs copies of the accumulators. */
+#define MULTIPLY_ADD(sum, one, other) \
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(one), "x"(other))
+
+#define ROW(i) \
+    if (height > i) { \
+        const __m256 factor = _mm256_set1_ps(packed ? l0[k * HEIGHT + i] : l##i[k]); \
+        MULTIPLY_ADD(low##i, factor, right_low); \
+        MULTIPLY_ADD(high##i, factor, right_high); \
+    }
+
+#define AT(step) { \
+    const long k = step; \
+    const __m256 right_low = _mm256_load_ps(right + k * WIDTH); \
+    const __m256 right_high = _mm256_load_ps(right + k * WIDTH + 8); \
+    ROW(0) ROW(1) ROW(2) ROW(3) ROW(4) ROW(5) \
+}
+
+#define ADVANCE(steps) { \
+    right += steps * WIDTH; \
+    l0 += packed ? steps * HEIGHT : steps; \
+    l1 += steps; l2 += steps; l3 += steps; l4 += steps; l5 += steps; \
+}
+
+#define STORE(i) \
+    if (height > i) { \
+        float *at = out[i] + column; \
+        if (bias) { \
+            low##i = _mm256_add_ps(low##i, _mm256_loadu_ps(bias)); \
+            high##i = _mm256_add_ps(high##i, _mm256_loadu_ps(bias + 8)); \
+        } \
+        if (scale) { \
+            low##i = _mm256_mul_ps(low##i, _mm256_set1_ps(scale[i])); \
+            high##i = _mm256_mul_ps(high##i, _mm256_set1_ps(scale[i])); \
+        } \
+        if (add) { \
+            low##i = _mm256_add_ps(_mm256_loadu_ps(at), low##i); \
+            high##i = _mm256_add_ps(_mm256_loadu_ps(at + 8), high##i); \
+        } \
+        _mm256_storeu_ps(at, low##i); \
+        _mm256_storeu_ps(at + 8, high##i); \
+    }
+
+/* What becomes of a product: (product + bias) times the row's scale, written or added. */
+typedef struct {
+    const float *bias, *scale; /* or 0 */
+    int add;
+} Finish;
+
+/* A tile of the result: `height` rows of 16 numbers, at `column` of the rows `out`.
+ * The left factor is `height` rows, from `first` on, or packed, as `pack_left` makes it. */
+INLINE void tile(const int height, const int packed, int depth, const float *const *left,
+                 long first, const float *right, float *const *out, long column, Finish finish,
+                 Ahead ahead)
+{
+    __m256 low0, low1, low2, low3, low4, low5, high0, high1, high2, high3, high4, high5;
+    low0 = low1 = low2 = low3 = low4 = low5 = _mm256_setzero_ps();
+    high0 = high1 = high2 = high3 = high4 = high5 = _mm256_setzero_ps();
+    const float *const bias = finish.bias, *const scale = finish.scale;
+    const int add = finish.add;
+    const float *l0 = left[0] + first;
+    const float *l1 = !packed && height > 1 ? left[1] + first : l0;
+    const float *l2 = !packed && height > 2 ? left[2] + first : l0;
+    const float *l3 = !packed && height > 3 ? left[3] + first : l0;
+    const float *l4 = !packed && height > 4 ? left[4] + first : l0;
+    const float *l5 = !packed && height > 5 ? left[5] + first : l0;
+    for (; depth >= 16; depth -= 16) {
+        __builtin_prefetch(ahead.one, 0, 2);
+        ahead.one += ahead.step;
+        AT(0) AT(1) AT(2) AT(3) AT(4) AT(5) AT(6) AT(7)
+        __builtin_prefetch(ahead.other, 0, 2);
+        ahead.other += ahead.step;
+        AT(8) AT(9) AT(10) AT(11) AT(12) AT(13) AT(14) AT(15)
+        ADVANCE(16)
+    }
+    for (; depth; depth--) {
+        AT(0)
+        ADVANCE(1)
+    }
+    STORE(0) STORE(1) STORE(2) STORE(3) STORE(4) STORE(5)
+}
+
+#define TILE(height) \
+    static __attribute__((noinline)) void tile##height( \
+        int depth, const float *const *left, long first, const float *right, float *const *out, \
+        long column, Finish finish, Ahead ahead) \
+    { \
+        tile(height, 0, depth, left, first, right, out, column, finish, ahead); \
+    }
+TILE(1) TILE(2) TILE(3) TILE(4) TILE(5) TILE(6)
+
+typedef void Tile(int, const float *const *, long, const float *, float *const *, long, Finish,
+                  Ahead);
+static Tile *const TILES[HEIGHT + 1] = {0, tile1, tile2, tile3, tile4, tile5, tile6};
+
+/* Tiles next to each other, of one packed left factor. */
+#define TILES_IN_A_ROW(height) \
+    static __attribute__((noinline)) void row##height( \
+        int depth, const float *left, const float *right, float *const *out, long column, \
+        int tiles, int add) \
+    { \
+        const Ahead nothing = {left, left, 0}; \
+        for (; tiles; tiles--, right += (long)depth * WIDTH, column += WIDTH) { \
+            for (int i = 0; i < height; i++) \
+                __builtin_prefetch(out[i] + column, 1, 3); \
+            tile(height, 1, depth, &left, 0, right, out, column, (Finish){0, 0, add}, nothing); \
+        } \
+    }
+TILES_IN_A_ROW(1) TILES_IN_A_ROW(2) TILES_IN_A_ROW(3)
+TILES_IN_A_ROW(4) TILES_IN_A_ROW(5) TILES_IN_A_ROW(6)
+
+typedef void Row(int, const float *, const float *, float *const *, long, int, int);
+static Row *const ROW_OF_TILES[HEIGHT + 1] = {0, row1, row2, row3, row4, row5, row6};
+
+static int least(int one, int other) { return one < other ? one : other; }
+
+/* Where a row lies: `rows` apart from each other, or as the index says. */
+INLINE long place(const int64_t *index, long row) { return index ? index[row] : row; }
+
+/* Copy `columns` of a row, or add them to it. */
+static void write_out(float *out, const float *from, int columns, int add)
+{
+    for (int i = 0; i < columns; i++)
+        out[i] = add ? out[i] + from[i] : from[i];
+}
+
+/* Eight rows of eight numbers become eight columns. */
+INLINE void transpose(const float *from, long stride, float *out)
+{
+    __m256 row[8], pair[8], four[8];
+    for (int i = 0; i < 8; i++)
+        row[i] = _mm256_loadu_ps(from + i * stride);
+    for (int i = 0; i < 8; i += 2) {
+        pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
+        pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        four[i] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0x44);
+        four[i + 1] = _mm256_shuffle_ps(pair[i], pair[i + 2], 0xee);
+        four[i + 2] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0x44);
+        four[i + 3] = _mm256_shuffle_ps(pair[i + 1], pair[i + 3], 0xee);
+    }
+    for (int i = 0; i < 4; i++) {
+        _mm256_store_ps(out + i * WIDTH, _mm256_permute2f128_ps(four[i], four[i + 4], 0x20));
+        _mm256_store_ps(out + (i + 4) * WIDTH, _mm256_permute2f128_ps(four[i], four[i + 4], 0x31));
+    }
+}
+
+/* Up to 16 columns of a right factor [depth, columns] as [depth, 16], zeros where there is none. */
+static void pack_right(int depth, int columns, const float *from, long stride,
+                       const int64_t *index, float *out)
+{
+    for (int k = 0; k < depth; k++, out += WIDTH) {
+        const float *row = from + place(index, k) * stride;
+        if (columns == WIDTH) {
+            _mm256_store_ps(out, _mm256_loadu_ps(row));
+            _mm256_store_ps(out + 8, _mm256_loadu_ps(row + 8));
+        } else
+            for (int i = 0; i < WIDTH; i++)
+                out[i] = i < columns ? row[i] : 0;
+    }
+}
+
+/* The same of a right factor that lies as [columns, depth]. */
+static void pack_turned(int depth, int columns, const float *from, long stride, float *out)
+{
+    int k = 0;
+    if (columns == WIDTH)
+        for (; k + 8 <= depth; k += 8) {
+            transpose(from + k, stride, out + k * WIDTH);
+            transpose(from + k + 8 * stride, stride, out + k * WIDTH + 8);
+        }
+    for (; k < depth; k++)
+        for (int i = 0; i < WIDTH; i++)
+            out[k * WIDTH + i] = i < columns ? from[i * stride + k] : 0;
+}
+
+/* Columns of a left factor that lies as [depth, columns], six by six as [depth, 6]. */
+static void pack_left(int depth, int columns, const float *from, long stride,
+                      const int64_t *index, float *out)
+{
+    for (int i = 0; i < columns; i += HEIGHT, from += HEIGHT)
+        for (int k = 0; k < depth; k++, out += HEIGHT) {
+            const float *row = from + place(index, k) * stride;
+            if (i + 8 <= columns) /* what comes next overwrites the last two */
+                _mm256_storeu_ps(out, _mm256_loadu_ps(row));
+            else
+                for (int j = 0; j < HEIGHT; j++)
+                    out[j] = i + j < columns ? row[j] : 0;
+        }
+}
+
+/* A matrix, or one of a stack: `next` after the one before. Rows lie `stride` apart, in the order
+ * of the index, if there is one. */
+typedef struct {
+    float *at;
+    long next, stride;
+    const int64_t *index;
+} Matrix;
+
+/* The next 16 columns of a right factor: two in each of eight calls, or an eighth of the depth. */
+static Ahead next_columns(const float *here, long stride, int turned, int depth, int call)
+{
+    if (turned) {
+        const float *column = here + (WIDTH + 2 * call) * stride;
+        return (Ahead){column, column + stride, 16};
+    }
+    const float *row = here + WIDTH + (long)call * (depth / 8) * stride;
+    return (Ahead){row, row + stride, 2 * stride};
+}
+
+/* out[rows, columns] = left[rows, depth] @ right, finished. The right factor lies as
+ * [depth, columns], or if `turned` as [columns, depth]. `room`: DEPTH * WIDTH floats. */
+static void product(int rows, int columns, int depth, Matrix left, Matrix right, int turned,
+                    Matrix out, Finish finish, float *room)
+{
+    const float *lefts[ROWS];
+    float *outs[ROWS], edge[HEIGHT * WIDTH], *edges[HEIGHT], edge_bias[WIDTH] = {0};
+    for (int i = 0; i < HEIGHT; i++)
+        edges[i] = edge + i * WIDTH;
+    for (int row = 0; row < rows; row += ROWS) {
+        const int some = least(ROWS, rows - row);
+        for (int i = 0; i < some; i++) {
+            lefts[i] = left.at + place(left.index, row + i) * left.stride;
+            outs[i] = out.at + place(out.index, row + i) * out.stride;
+        }
+        for (int from = 0; from < depth; from += DEPTH) {
+            const int steps = least(DEPTH, depth - from), adds = finish.add || from;
+            for (int column = 0; column < columns; column += WIDTH) {
+                const int wide = least(WIDTH, columns - column);
+                const float *here = right.at + (turned ? column * right.stride + from
+                                                       : from * right.stride + column);
+                if (turned)
+                    pack_turned(steps, wide, here, right.stride, room);
+                else
+                    pack_right(steps, wide, here, right.stride, 0, room);
+                const float *bias = finish.bias && !from ? finish.bias + column : 0;
+                if (bias && wide < WIDTH) {
+                    write_out(edge_bias, bias, wide, 0);
+                    bias = edge_bias;
+                }
+                const int more = column + 2 * WIDTH <= columns;
+                for (int i = 0, call = 0; i < some; i += HEIGHT, call++) {
+                    const int high = least(HEIGHT, some - i);
+                    const float *scale = finish.scale ? finish.scale + row + i : 0;
+                    const Ahead ahead = more && call < 8
+                        ? next_columns(here, right.stride, turned, steps, call)
+                        : (Ahead){lefts[i], lefts[i], 0};
+                    if (wide == WIDTH) {
+                        TILES[high](steps, lefts + i, from, room, outs + i, column,
+                                    (Finish){bias, scale, adds}, ahead);
+                        continue;
+                    }
+                    TILES[high](steps, lefts + i, from, room, edges, 0, (Finish){bias, scale, 0},
+                                ahead);
+                    for (int j = 0; j < high; j++)
+                        write_out(outs[i + j] + column, edges[j], wide, adds);
+                }
+            }
+        }
+    }
+}
+
+/* out[lefts, rights] = left.T @ right, of left[depth, lefts] and right[depth, rights]: sums over
+ * what are rows elsewhere. `room`: STRIP + ROWS * SHORT floats. */
+static void sum(int lefts, int rights, int depth, Matrix left, Matrix right, Matrix out,
+                float *room)
+{
+    float *outs[HEIGHT], edge[HEIGHT * WIDTH], *edges[HEIGHT], *packed = room + STRIP;
+    for (int i = 0; i < HEIGHT; i++)
+        edges[i] = edge + i * WIDTH;
+    for (int from = 0; from < depth; from += SHORT) {
+        const int steps = least(SHORT, depth - from), strip = STRIP / steps / WIDTH * WIDTH;
+        /* Of a factor with an index the rows move, of one without the start. */
+        const int64_t *left_index = left.index ? left.index + from : 0;
+        const int64_t *right_index = right.index ? right.index + from : 0;
+        const float *left_at = left.at + (left.index ? 0 : from * left.stride);
+        const float *right_at = right.at + (right.index ? 0 : from * right.stride);
+        for (int column = 0; column < rights; column += strip) {
+            const int wide = least(strip, rights - column), tiles = wide / WIDTH;
+            for (int i = 0; i < wide; i += WIDTH)
+                pack_right(steps, least(WIDTH, wide - i), right_at + column + i, right.stride,
+                           right_index, room + (long)i * steps);
+            const float *last = room + (long)tiles * WIDTH * steps;
+            for (int i = 0; i < lefts; i += HEIGHT) {
+                if (i % ROWS == 0)
+                    pack_left(steps, least(ROWS, lefts - i), left_at + i, left.stride, left_index,
+                              packed);
+                const int high = least(HEIGHT, lefts - i);
+                const float *own = packed + (long)(i % ROWS) * steps;
+                for (int j = 0; j < high; j++)
+                    outs[j] = out.at + (i + j) * out.stride;
+                ROW_OF_TILES[high](steps, own, room, outs, column, tiles, from > 0);
+                if (wide % WIDTH) {
+                    ROW_OF_TILES[high](steps, own, last, edges, 0, 1, 0);
+                    for (int j = 0; j < high; j++)
+                        write_out(outs[j] + column + tiles * WIDTH, edges[j], wide % WIDTH,
+                                  from > 0);
+                }
+            }
+        }
+    }
+}
+
+static void to_next(Matrix *matrix, int rows)
+{
+    matrix->at += matrix->next;
+    if (matrix->index)
+        matrix->index += rows;
+}
+
+long moefold_room(void) { return STRIP + ROWS * SHORT; }
+
+/* `product` for each of a stack of experts. A matrix is given as: start, stride between experts,
+ * stride between rows, index of its rows. */
+void moefold_products(int experts, int rows, int columns, int depth,
+                      float *left_at, long left_next, long left_stride, const int64_t *left_index,
+                      float *right_at, long right_next, long right_stride, int turned,
+                      float *out_at, long out_next, long out_stride, const int64_t *out_index,
+                      const float *bias, long bias_next, const float *scale, int add, float *room)
+{
+    Matrix left = {left_at, left_next, left_stride, left_index};
+    Matrix right = {right_at, right_next, right_stride, 0};
+    Matrix out = {out_at, out_next, out_stride, out_index};
+    for (; experts; experts--) {
+        product(rows, columns, depth, left, right, turned, out, (Finish){bias, scale, add}, room);
+        to_next(&left, rows);
+        to_next(&right, 0);
+        to_next(&out, rows);
+        bias = bias ? bias + bias_next : 0;
+        scale = scale ? scale + rows : 0;
+    }
+}
+
+/* `sum` for each of a stack of experts. */
+void moefold_sums(int experts, int lefts, int rights, int depth,
+                  float *left_at, long left_next, long left_stride, const int64_t *left_index,
+                  float *right_at, long right_next, long right_stride, const int64_t *right_index,
+                  float *out_at, long out_next, long out_stride, float *room)
+{
+    Matrix left = {left_at, left_next, left_stride, left_index};
+    Matrix right = {right_at, right_next, right_stride, right_index};
+    Matrix out = {out_at, out_next, out_stride, 0};
+    for (; experts; experts--) {
+        sum(lefts, rights, depth, left, right, out, room);
+        to_next(&left, depth);
+        to_next(&right, depth);
+        to_next(&out, 0);
+    }
+}

@@ -1,0 +1,147 @@
+"""Matrix products with a few dozen rows by compiled code; slow twins: `torch.mm` and `torch.bmm`.
+
+Shapes: `[rows, depth] @ [depth, columns]`, or stacks of both, `[experts, rows, depth] @ [experts,
+depth, columns]`. All of it float32. With an index, a factor is `[tokens, depth]` and its rows are
+those that the index, `[rows]` or `[experts * rows]`, names.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefold.ops.cpu.compiled import library
+
+FEWEST_ROWS, MOST_ROWS = 2, 320
+"""A matrix for a single row is best not arranged at all; for very many, a library that arranges
+both factors is as fast (see benchmarks/products; a processor with 512 KiB of level-2 cache)."""
+
+SMALLEST = 1 << 14
+"""Numbers of a matrix from which on a call from Python pays."""
+
+
+def suits(rows: int) -> bool:
+    """Whether compiled code is to multiply so many rows of an expert by its matrices."""
+    return FEWEST_ROWS <= rows <= MOST_ROWS
+
+
+def can_multiply(like: Tensor, *stacks: Tensor) -> bool:
+    """Whether compiled code can multiply rows of this dtype by these stacks of matrices."""
+    return (
+        like.dtype == torch.float32
+        and like.device.type == "cpu"
+        and all(stack[0].numel() >= SMALLEST and 1 in stack.stride()[-2:] for stack in stacks)
+        and _functions() is not None
+    )
+
+
+def make_room() -> Tensor | None:
+    """Memory for one thread's `product` and `sums`; None where there is no compiled code."""
+    functions = _functions()
+    return None if functions is None else torch.empty(functions.room)
+
+
+def product(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    room: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    add: bool = False,
+    left_index: Tensor | None = None,
+    out_index: Tensor | None = None,
+) -> None:
+    """Write `(left @ right + bias) * scale` to `out`, or add it.
+
+    Args:
+        left: rows, or tokens if there is an index; the numbers of a row follow each other.
+        right: matrices that `suits` agrees to.
+        out: where the result goes, as `left`.
+        room: see `make_room`.
+        bias: `[columns]` or `[experts, columns]`.
+        scale: a number for each row of all experts.
+        add: to what is there.
+        left_index: of the rows in `left`.
+        out_index: of the rows in `out`; one that comes twice is only right if `add`.
+    """
+    experts, turned = right.shape[0] if right.ndim == 3 else 1, right.stride(-2) == 1
+    functions = _functions()
+    assert functions is not None, "without it there is no room either"
+    functions.product(
+        experts,
+        left.shape[-2] if left_index is None else left_index.shape[0] // experts,
+        right.shape[-1],
+        right.shape[-2],
+        *_place(left, left_index),
+        right.data_ptr(),
+        right.stride(0),
+        right.stride(-1 if turned else -2),
+        turned,
+        *_place(out, out_index),
+        None if bias is None else bias.data_ptr(),
+        0 if bias is None else bias.stride(0),
+        None if scale is None else scale.data_ptr(),
+        add,
+        room.data_ptr(),
+    )
+
+
+def sums(
+    left: Tensor,
+    right: Tensor,
+    out: Tensor,
+    room: Tensor,
+    *,
+    left_index: Tensor | None = None,
+    right_index: Tensor | None = None,
+) -> None:
+    """Write `left.mT @ right`, sums over rows, to `out`; see `product`."""
+    functions = _functions()
+    assert functions is not None, "without it there is no room either"
+    experts = out.shape[0] if out.ndim == 3 else 1
+    rows = left.shape[-2] if left_index is None else left_index.shape[0] // experts
+    functions.sums(
+        experts,
+        out.shape[-2],
+        out.shape[-1],
+        rows,
+        *_place(left, left_index),
+        *_place(right, right_index),
+        *_place(out, None)[:3],
+        room.data_ptr(),
+    )
+
+
+def _place(matrix: Tensor, index: Tensor | None) -> tuple[int, int, int, int | None]:
+    """Start, stride between experts, stride between rows, and index."""
+    if index is not None:
+        return matrix.data_ptr(), 0, matrix.stride(0), index.data_ptr()
+    between = matrix.stride(0) if matrix.ndim == 3 else 0
+    return matrix.data_ptr(), between, matrix.stride(-2), None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Functions:
+    product: Any
+    sums: Any
+    room: int
+
+
+@cache
+def _functions() -> _Functions | None:
+    found = library()
+    if isinstance(found, str):
+        return None
+    i, n, p = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
+    matrix = (p, n, n)
+    product, sums = found.moefold_products, found.moefold_sums
+    product.argtypes = [i, i, i, i, *matrix, p, *matrix, i, *matrix, p, p, n, p, i, p]
+    sums.argtypes = [i, i, i, i, *matrix, p, *matrix, p, *matrix, p]
+    product.restype = sums.restype = None
+    found.moefold_room.restype = n
+    return _Functions(product=product, sums=sums, room=found.moefold_room())

@@ -1,0 +1,122 @@
+"""The fused backend where compiled code multiplies: the contract of a mixer, and its choice.
+
+Shapes: `tokens dim` in and out.
+"""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from moefold.experts.backends import fused_ops
+from moefold.experts.backends.fused import FusedBackend
+from moefold.experts.backends.fused_blocks import Blocks
+from moefold.ops.cpu import products
+from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
+from moefold.testing.mixers import mix_problem, solve_mix
+from moefold.testing.problems import BackendCase
+from tests.ops.compiled_here import needs_compiled_code
+
+pytestmark = needs_compiled_code
+
+
+@pytest.fixture
+def calls(monkeypatch) -> Counter[str]:
+    """Compiled code for every block of float32, however small; how often each function ran."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(products, "FEWEST_ROWS", 1)
+    monkeypatch.setattr(products, "SMALLEST", 1)
+    count: Counter[str] = Counter()
+
+    def counted(name):
+        function = getattr(products, name)
+
+        def run(*given, **settings):
+            count[name] += 1
+            return function(*given, **settings)
+
+        return run
+
+    for name in ("product", "sums"):
+        monkeypatch.setattr(products, name, counted(name))
+    return count
+
+
+@pytest.fixture(autouse=True)
+def _poison_inside_operators():
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)  # fills memory that nobody wrote with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+# Not what compiled code has no part in.
+CHECKS = {**BACKEND_CHECKS, **MIX_CHECKS}
+for name in ("float64", "no rows", "compiles", "mixing: compiles"):
+    del CHECKS[name]
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_the_contract_holds(name, calls):
+    case = BackendCase(backend=FusedBackend(), device="cpu")
+    assert CHECKS[name](case) is None
+    assert calls["product"] > 0
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_gradients_that_lie_otherwise(calls, gated):
+    # An expanded gradient, tokens that are columns, matrices that are turned.
+    given = mix_problem((9, 0, 30), 40, 24, 20, gated=gated).to(torch.float32)
+    want = solve_mix(FusedBackend().mix, given)
+    x = given.x.detach().T.contiguous().T.requires_grad_()
+    y = FusedBackend().mix(x, given.routing, given.weights)
+    assert torch.equal(y, want["result"])
+    ones = torch.ones(()).expand_as(y)
+    (strided,) = torch.autograd.grad(y, x, ones, retain_graph=True)
+    (plain,) = torch.autograd.grad(y, x, ones.contiguous())
+    assert torch.equal(strided, plain)
+    assert calls["sums"] > 0
+
+
+def test_low_precision_that_is_computed_in_float32(calls, monkeypatch):
+    monkeypatch.setattr(fused_ops, "work_dtype", lambda dtype: torch.float32)
+    given = mix_problem((9, 0, 30), 40, 24, 20, bias=True)
+    low = solve_mix(FusedBackend().mix, given.to(torch.bfloat16))
+    assert calls["product"] > 0
+    full = solve_mix(FusedBackend().mix, given.to(torch.float32))
+    for name, got in low.items():
+        # The numbers of the problem are bfloat16's: only the end is rounded, by half a unit in its
+        # 8 bits, and what is multiplied by a rounded gradient of the result twice.
+        error = (got - full[name]).abs().max() / full[name].abs().max()
+        assert error <= 2 * 2.0**-8, name
+
+
+def test_experts_are_compiled_by_their_rows_and_nothing_else():
+    def rows_of(counts, **kind):
+        counts = torch.tensor(counts)
+        blocks = Blocks(counts, int(counts.sum()), 4, torch.empty(0), **kind)
+        return [(block.compiled, block.count) for block in blocks]
+
+    few, most = products.FEWEST_ROWS, products.MOST_ROWS
+    counts = [few, few - 1, 1, few + 5, 20, most, most + 1]
+    assert rows_of(counts, compiled=True) == [
+        (True, few),
+        (False, few),
+        (True, few + 25 + most),
+        (False, most + 1),
+    ]
+    assert not any(compiled for compiled, _ in rows_of(counts))
+
+
+def test_training_and_inference_agree_to_the_bit(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    trained = FusedBackend().mix(given.x, given.routing, given.weights)
+    with torch.inference_mode():
+        assert torch.equal(FusedBackend().mix(given.x, given.routing, given.weights), trained)
+
+
+def test_several_threads_leave_small_products_to_torch(calls):
+    torch.set_num_threads(2)
+    solve_mix(FusedBackend().mix, mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32))
+    assert calls.total() == 0

@@ -1,0 +1,100 @@
+"""The library is compiled once, and whoever has no compiler is told why there is none."""
+
+import ctypes
+import os
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from moefold.ops.cpu import compiled
+from moefold.ops.cpu.compiled import SWITCH, library
+
+
+@pytest.fixture(autouse=True)
+def _as_if_for_the_first_time(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv(SWITCH, raising=False)
+    monkeypatch.setattr(compiled.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    library.cache_clear()
+    yield
+    library.cache_clear()
+
+
+def reason() -> str:
+    said = library()
+    assert isinstance(said, str)
+    return said
+
+
+def script(folder: Path, text: str) -> str:
+    """A compiler that does what the text says."""
+    path = folder / "compiler"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return str(path)
+
+
+def test_a_switch_forbids_it(monkeypatch):
+    monkeypatch.setenv(SWITCH, "0")
+    assert reason() == "MOEFOLD_COMPILE_PRODUCTS=0 forbids it"
+
+
+def test_other_processors_are_named(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert reason().endswith("widest instructions are AVX2; torch finds AVX512 here")
+    library.cache_clear()
+    monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
+    assert reason() == "it is written for x86-64, and this is aarch64"
+
+
+def test_without_a_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert reason() == "no C compiler was found: neither $CC, cc nor gcc"
+
+
+def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("CC", script(tmp_path, "echo 'no such option' >&2; exit 1"))
+    assert reason() == "compiling products.c failed: no such option"
+    assert list((tmp_path / "moefold").iterdir()) == []
+
+
+def test_a_compiler_that_makes_nonsense_is_reported(monkeypatch, tmp_path):
+    output = 'while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"'
+    monkeypatch.setenv("CC", script(tmp_path, output))
+    assert reason().startswith("compiling products.c failed: ")
+
+
+def test_a_cache_that_cannot_be_written_is_reported(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("CC", script(tmp_path, "exit 0"))
+    assert reason().startswith("compiling products.c failed: ")
+
+
+@pytest.mark.skipif(not compiled.shutil.which("cc"), reason="no C compiler")
+def test_it_is_compiled_once(monkeypatch, tmp_path):
+    asked = []
+    really = subprocess.run
+
+    def run(command, **settings):
+        asked.append(command)
+        return really(command, **settings)
+
+    monkeypatch.setattr(compiled.subprocess, "run", run)
+    assert isinstance(library(), ctypes.CDLL)
+    (made,) = (tmp_path / "moefold").iterdir()
+    assert os.access(made, os.R_OK)
+    assert stat.S_IMODE(made.parent.stat().st_mode) == 0o700
+    library.cache_clear()
+    assert isinstance(library(), ctypes.CDLL)
+    assert len(asked) == 1
+    # Another command makes another library.
+    monkeypatch.setattr(compiled, "FLAGS", (*compiled.FLAGS, "-DOTHER"))
+    library.cache_clear()
+    assert isinstance(library(), ctypes.CDLL)
+    assert len(asked) == len(list((tmp_path / "moefold").iterdir())) == 2

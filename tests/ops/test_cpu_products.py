@@ -1,0 +1,134 @@
+"""Compiled products: what torch's products give, at every edge of a tile.
+
+Shapes: `[rows, depth] @ [depth, columns]`, or stacks by expert.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from moefold.ops.cpu import products
+from tests.ops.compiled_here import needs_compiled_code
+
+pytestmark = needs_compiled_code
+
+# Around 6 rows, 16 columns, 16 steps, 96 rows at a time, 256 steps of a sum, 768 of a product.
+ROWS = (1, 5, 6, 7, 64, 95, 97, 300)
+COLUMNS = (1, 15, 16, 33, 64)
+DEPTHS = (1, 16, 17, 769)
+
+
+@pytest.fixture
+def room() -> Tensor:
+    made = products.make_room()
+    assert made is not None
+    return made.fill_(torch.nan)  # none of it may reach a result
+
+
+def assert_near(got: Tensor, left: Tensor, right: Tensor, plus: Tensor | float = 0.0) -> None:
+    """Equal to `left @ right + plus`, but for rounding.
+
+    A sum of n products is off by at most n units in the last place of the sum of their absolute
+    values (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); what is added or
+    multiplied after that takes 3 more.
+    """
+    left, right = left.double(), right.double()
+    exact = left @ right + plus
+    size = left.abs() @ right.abs() + torch.as_tensor(plus).abs()
+    bound = (left.shape[-1] + 3) * 2.0**-24 * size
+    assert ((got - exact).abs() <= bound).all()
+
+
+def turned_and_not(*shape: int) -> list[Tensor]:
+    *experts, depth, columns = shape
+    return [torch.randn(shape), torch.randn(*experts, columns, depth).mT]
+
+
+@pytest.mark.parametrize("rows", ROWS)
+def test_product(rows, room):
+    for columns, depth in itertools.product(COLUMNS, DEPTHS):
+        left = torch.randn(rows, depth)
+        for right in turned_and_not(depth, columns):
+            out = torch.full((rows, columns), torch.nan)
+            products.product(left, right, out, room)
+            assert_near(out, left, right)
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_product_with_bias_and_scale_added(columns, room):
+    for rows, depth in itertools.product((7, 97), (17, 769)):
+        left, bias, scale = torch.randn(rows, depth), torch.randn(columns), torch.rand(rows)
+        for right in turned_and_not(depth, columns):
+            out = torch.randn(rows, columns)
+            plus = (out + bias * scale[:, None]).double()
+            products.product(left, right, out, room, bias=bias, scale=scale, add=True)
+            assert_near(out, left * scale[:, None].double(), right, plus)
+
+
+def test_product_of_rows_elsewhere_added_to_rows_elsewhere(room):
+    # The same token several times, in and out, and rows that are wider than what is read of them.
+    tokens, out = torch.randn(50, 40)[:, :33], torch.randn(20, 48)[:, :17]
+    left_index, out_index = torch.randint(50, (130,)), torch.randint(20, (130,))
+    right, before = torch.randn(33, 17), out.clone()
+    products.product(tokens, right, out, room, add=True, left_index=left_index, out_index=out_index)
+    sums = torch.zeros(20, 130).index_put_((out_index, torch.arange(130)), torch.ones(()))
+    assert_near(out, (sums @ tokens[left_index]), right, before.double())
+
+
+def test_stacks_of_experts(room):
+    for right in turned_and_not(3, 20, 18):
+        left, biases, scale = torch.randn(3, 7, 20), torch.randn(3, 40)[:, 5:23], torch.rand(21)
+        out = torch.full((3, 7, 18), torch.nan)
+        products.product(left, right, out, room, bias=biases, scale=scale)
+        scale = scale.view(3, 7, 1).double()
+        assert_near(out, left * scale, right, biases[:, None] * scale)
+        tokens, index = torch.randn(9, 20), torch.randint(9, (21,))
+        products.product(tokens, right, out, room, left_index=index)
+        assert_near(out, tokens[index].view(3, 7, 20), right)
+        made = torch.full((3, 20, 18), torch.nan)
+        products.sums(tokens, out, made, room, left_index=index)
+        assert_near(made, tokens[index].view(3, 7, 20).mT, out)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 255, 257, 600])
+def test_sums(rows, room):
+    for lefts, rights in itertools.product((1, 6, 7, 97), (1, 16, 33, 530)):
+        left, right = torch.randn(rows, lefts), torch.randn(rows, rights)
+        out = torch.full((lefts, rights), torch.nan)
+        products.sums(left, right, out, room)
+        assert_near(out, left.T, right)
+
+
+def test_sums_of_rows_elsewhere(room):
+    for rows in (30, 300):
+        left, right = torch.randn(50, 13), torch.randn(40, 35)[:, :34]
+        of_left, of_right = torch.randint(50, (rows,)), torch.randint(40, (rows,))
+        out = torch.full((13, 34), torch.nan)
+        products.sums(left, right, out, room, left_index=of_left, right_index=of_right)
+        assert_near(out, left[of_left].T, right[of_right])
+
+
+def test_a_row_does_not_depend_on_the_others(room):
+    left, right, out = torch.randn(100, 50), torch.randn(50, 40), torch.empty(100, 40)
+    products.product(left, right, out, room)
+    for some in (slice(0, 1), slice(3, 9), slice(95, 100)):
+        alone = torch.empty(left[some].shape[0], 40)
+        products.product(left[some], right, alone, room)
+        assert torch.equal(alone, out[some])
+    again = torch.empty_like(out)
+    products.product(left, right, again, room)
+    assert torch.equal(again, out)
+
+
+def test_what_cannot_be_multiplied(monkeypatch):
+    like, stack = torch.empty(0), torch.empty(2, 128, 128)
+    assert products.can_multiply(like, stack, stack.mT)
+    assert not products.can_multiply(like.double(), stack)
+    assert not products.can_multiply(like.to("meta"), stack)
+    assert not products.can_multiply(like, stack[..., ::2].repeat(1, 2, 1)[..., ::2])
+    assert not products.can_multiply(like, stack[:, :100])  # too small to pay
+    monkeypatch.setattr(products, "_functions", lambda: None)
+    assert not products.can_multiply(like, stack)
+    assert products.make_room() is None
