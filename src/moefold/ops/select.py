@@ -43,7 +43,7 @@ def top(
         most: no count is larger; saves sorting the rest.
     """
     size = scores.shape[dim]
-    if size == 0 or (isinstance(count, int) and count == 0):
+    if scores.numel() == 0 or (isinstance(count, int) and count == 0):
         return torch.zeros_like(scores, dtype=torch.bool)
     if kernels.serve(scores):
         return _top_by_kernel(scores, count, dim, valid)

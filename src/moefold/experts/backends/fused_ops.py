@@ -161,7 +161,7 @@ def _blocks(
     workers = workers_for(rows, up, down)
     # Compiled code runs in one thread, and is no match for torch's where that has several.
     alone = workers > 1 or torch.get_num_threads() == 1
-    compiled = alone and products.can_multiply(like, up, down)
+    compiled = rows > 0 and alone and products.can_multiply(like, up, down)
     blocks = Blocks(
         rows_per_expert, rows, max(up.shape[1:]), like, workers=workers, compiled=compiled
     )

@@ -42,7 +42,7 @@ def workers_for(rows: int, *stacks: Tensor) -> int:
         *stacks: the matrices that each row is multiplied by, by expert.
     """
     threads = torch.get_num_threads()
-    products = rows * sum(stack[0].numel() for stack in stacks)
+    products = rows * sum(stack.shape[1] * stack.shape[2] for stack in stacks)
     return threads if 1 < threads <= MOST_WORKERS and products >= WORTH_IT else 1
 
 

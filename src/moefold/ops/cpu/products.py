@@ -15,8 +15,8 @@ from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
 
-FEWEST_ROWS, MOST_ROWS = 2, 320
-"""A matrix for a single row is best not arranged at all; for very many, a library that arranges
+FEWEST_ROWS, MOST_ROWS = 4, 320
+"""A matrix for a few rows is best not arranged at all; for very many, a library that arranges
 both factors is as fast (see benchmarks/products; a processor with 512 KiB of level-2 cache)."""
 
 SMALLEST = 1 << 14
@@ -33,7 +33,8 @@ def can_multiply(like: Tensor, *stacks: Tensor) -> bool:
     return (
         like.dtype == torch.float32
         and like.device.type == "cpu"
-        and all(stack[0].numel() >= SMALLEST and 1 in stack.stride()[-2:] for stack in stacks)
+        and all(stack.shape[1] * stack.shape[2] >= SMALLEST for stack in stacks)
+        and all(1 in stack.stride()[-2:] for stack in stacks)
         and _functions() is not None
     )
 
