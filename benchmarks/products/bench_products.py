@@ -79,7 +79,7 @@ def measure(rows: int, width_in: int, width_out: int, rounds: int) -> list[dict[
 
 
 def table(records: list[dict[str, Any]]) -> str:
-    """How many times as fast as torch, by number of rows, as Markdown."""
+    """Rates of compiled code and of torch in GFLOP/s, by number of rows, as Markdown."""
     counts = sorted({r["rows"] for r in records})
     lines = [
         "| matrix | product | " + " | ".join(f"{rows} rows" for rows in counts) + " |",
@@ -108,7 +108,7 @@ def main() -> None:
     for width_in, width_out in SIZES:
         for rows in ROWS:
             records += measure(rows, width_in, width_out, asked.rounds)
-            print(table(records[-len(KINDS) :]).splitlines()[2:], flush=True)
+            print("\n".join(table(records[-len(KINDS) :]).splitlines()[2:]), flush=True)
     found |= {"rounds": asked.rounds, "records": records, "load_after": load()}
     write_results(found, asked.output)
     print(table(records))

@@ -4,11 +4,12 @@ Shapes: `tokens dim` in and out.
 """
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
-from moefold.experts.backends import fused_ops
+from moefold.experts.backends import fused_ops, fused_workers
 from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.fused_blocks import Blocks
 from moefold.ops.cpu import products
@@ -66,7 +67,7 @@ def test_the_contract_holds(name, calls):
 
 @pytest.mark.parametrize("gated", [False, True])
 def test_gradients_that_lie_otherwise(calls, gated):
-    # An expanded gradient, tokens that are columns, matrices that are turned.
+    # An expanded gradient, tokens that are columns.
     given = mix_problem((9, 0, 30), 40, 24, 20, gated=gated).to(torch.float32)
     want = solve_mix(FusedBackend().mix, given)
     x = given.x.detach().T.contiguous().T.requires_grad_()
@@ -120,3 +121,59 @@ def test_several_threads_leave_small_products_to_torch(calls):
     torch.set_num_threads(2)
     solve_mix(FusedBackend().mix, mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32))
     assert calls.total() == 0
+
+
+def test_several_threads_compute_the_same(calls, monkeypatch):
+    given = mix_problem((9, 0, 30, 12, 12, 40), 45, 24, 20, bias=True).to(torch.float32)
+    alone = solve_mix(FusedBackend().mix, given)
+    torch.set_num_threads(3)
+    monkeypatch.setattr(fused_workers, "WORTH_IT", 0)
+    calls.clear()
+    for name, got in solve_mix(FusedBackend().mix, given).items():
+        # Sums of several threads are added in another order.
+        torch.testing.assert_close(got, alone[name], msg=name)
+    assert calls["product"] > 0
+
+
+def test_an_index_that_points_elsewhere_is_refused(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    for wrong in (-1, 40):
+        tokens = given.routing.token_of_row.clone()
+        tokens[3] = wrong
+        routing = replace(given.routing, token_of_row=tokens)
+        with pytest.raises(ValueError, match=f"names token {wrong}, but there are 40"):
+            FusedBackend().mix(given.x, routing, given.weights)
+
+
+def test_a_short_index_and_strided_biases_are_read_right(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20, bias=True).to(torch.float32)
+    want = FusedBackend().mix(given.x, given.routing, given.weights)
+    tokens = given.routing.token_of_row.to(torch.int32)
+    bias = given.weights.up_bias
+    assert bias is not None
+    apart = torch.stack([bias, bias], -1)[..., 0]
+    assert apart.stride(-1) == 2
+    weights = replace(given.weights, up_bias=apart)
+    got = FusedBackend().mix(given.x, replace(given.routing, token_of_row=tokens), weights)
+    assert torch.equal(got, want)
+
+
+def test_numbers_that_are_not_written_out_yet_are_read_right(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    want = FusedBackend().mix(-given.x, given.routing, given.weights)
+    negative = torch._neg_view(given.x)
+    assert negative.is_neg()
+    assert torch.equal(FusedBackend().mix(negative, given.routing, given.weights), want)
+
+
+def test_memory_for_products_is_float32_on_the_cpu_whatever_the_defaults(calls):
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            room = products.make_room()
+    finally:
+        torch.set_default_dtype(before)
+    assert room is not None
+    assert room.dtype == torch.float32
+    assert room.device.type == "cpu"

@@ -11,6 +11,7 @@ import torch
 
 from moefold.ops.cpu import compiled
 from moefold.ops.cpu.compiled import SWITCH, library
+from tests.ops.compiled_here import needs_compiled_code
 
 
 @pytest.fixture(autouse=True)
@@ -66,17 +67,44 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_pat
 def test_a_compiler_that_makes_nonsense_is_reported(monkeypatch, tmp_path):
     output = 'while [ "$1" != -o ]; do shift; done; echo nonsense > "$2"'
     monkeypatch.setenv("CC", script(tmp_path, output))
-    assert reason().startswith("compiling products.c failed: ")
+    assert reason().startswith("making a library of products.c failed: ")
+    assert list((tmp_path / "moefold").iterdir()) == []
 
 
 def test_a_cache_that_cannot_be_written_is_reported(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.setenv("CC", script(tmp_path, "exit 0"))
-    assert reason().startswith("compiling products.c failed: ")
+    assert reason().startswith("making a library of products.c failed: ")
 
 
-@pytest.mark.skipif(not compiled.shutil.which("cc"), reason="no C compiler")
+def test_a_cache_that_others_may_write_to_is_not_trusted(tmp_path):
+    (tmp_path / "moefold").mkdir()
+    (tmp_path / "moefold").chmod(0o777)
+    assert "others may write to" in reason()
+
+
+def test_without_a_home(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(compiled.Path, "home", no_home)
+    assert reason().endswith("failed: Could not determine home directory.")
+
+
+@needs_compiled_code
+def test_a_broken_library_is_made_anew(tmp_path):
+    assert isinstance(library(), ctypes.CDLL)
+    (made,) = (tmp_path / "moefold").iterdir()
+    made.unlink()  # it is loaded: writing into it would change the code that runs
+    made.write_text("cut short")
+    library.cache_clear()
+    assert isinstance(library(), ctypes.CDLL)
+    assert made.stat().st_size > 1000
+
+
+@needs_compiled_code
 def test_it_is_compiled_once(monkeypatch, tmp_path):
     asked = []
     really = subprocess.run

@@ -4,6 +4,7 @@ Shapes: `[rows, depth] @ [depth, columns]`, or stacks by expert.
 """
 
 import itertools
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,10 +22,14 @@ DEPTHS = (1, 16, 17, 769)
 
 
 @pytest.fixture
-def room() -> Tensor:
+def room() -> Iterator[Tensor]:
     made = products.make_room()
     assert made is not None
-    return made.fill_(torch.nan)  # none of it may reach a result
+    # None of it may reach a result, and nobody may write behind it.
+    longer = torch.full((made.shape[0] + 64,), torch.nan)
+    longer[made.shape[0] :] = 7.0
+    yield longer[: made.shape[0]]
+    assert (longer[made.shape[0] :] == 7.0).all()
 
 
 def assert_near(got: Tensor, left: Tensor, right: Tensor, plus: Tensor | float = 0.0) -> None:
@@ -69,12 +74,14 @@ def test_product_with_bias_and_scale_added(columns, room):
 
 def test_product_of_rows_elsewhere_added_to_rows_elsewhere(room):
     # The same token several times, in and out, and rows that are wider than what is read of them.
-    tokens, out = torch.randn(50, 40)[:, :33], torch.randn(20, 48)[:, :17]
+    tokens, around = torch.randn(50, 40)[:, :33], torch.randn(20, 48)
+    out, beyond = around[:, :17], around[:, 17:].clone()
     left_index, out_index = torch.randint(50, (130,)), torch.randint(20, (130,))
     right, before = torch.randn(33, 17), out.clone()
     products.product(tokens, right, out, room, add=True, left_index=left_index, out_index=out_index)
     sums = torch.zeros(20, 130).index_put_((out_index, torch.arange(130)), torch.ones(()))
     assert_near(out, (sums @ tokens[left_index]), right, before.double())
+    assert torch.equal(around[:, 17:], beyond)
 
 
 def test_stacks_of_experts(room):
@@ -84,6 +91,8 @@ def test_stacks_of_experts(room):
         products.product(left, right, out, room, bias=biases, scale=scale)
         scale = scale.view(3, 7, 1).double()
         assert_near(out, left * scale, right, biases[:, None] * scale)
+        products.product(left, right, out, room, bias=biases[0])  # one for all
+        assert_near(out, left, right, biases[0].double())
         tokens, index = torch.randn(9, 20), torch.randint(9, (21,))
         products.product(tokens, right, out, room, left_index=index)
         assert_near(out, tokens[index].view(3, 7, 20), right)

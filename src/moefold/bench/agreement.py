@@ -19,6 +19,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2, "fp16": 2.5e-3}
 """Largest relative error in the Frobenius norm, of the result or of any gradient.
 
+Of a gradient of a single number see `disagreement`.
+
 fp32: rounding of 2^-24 grows with the square root of the number of terms, some thousands, and stays
 under 1e-5. bf16: values are rounded to 2^-9 at five places in a row, and a peer's router rounds its
 weights, which adds up to under 2e-2; a wrong expert for one token in 200 gives more than that. fp16

@@ -118,7 +118,7 @@ def mixture(
     firsts, seconds = (blocks.padded(part) if part.shape[0] else None for part in kept)
     # Sums over the experts of a token are rounded once, at their end.
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    tokens = blocks.own(token_of_row.contiguous())
+    tokens = _tokens(blocks, token_of_row, x.shape[0])
     weights = None
     if weight_of_row is not None:
         weights = blocks.own(weight_of_row.to(sum_dtype).contiguous())
@@ -152,6 +152,24 @@ def mixture(
     for part in kept:
         part[blocks.size :].zero_()
     return total(parts).to(dtype), *kept
+
+
+def _tokens(blocks: Blocks, token_of_row: Tensor, tokens: int) -> Sequence[Tensor]:
+    """The token of every row, by block, as compiled code reads it: that cannot see a wrong one.
+
+    Raises:
+        ValueError: a row names a token that is not there.
+    """
+    index = token_of_row.to(torch.int64).contiguous()
+    if len(blocks):
+        first, last = (int(end) for end in index.aminmax())
+        if first < 0 or last >= tokens:
+            wrong = first if first < 0 else last
+            raise ValueError(
+                f"token_of_row names token {wrong}, but there are {tokens}; a routing belongs to "
+                f"the tokens it was made for"
+            )
+    return blocks.own(index)
 
 
 def _blocks(
@@ -193,7 +211,7 @@ def mixture_backward(
     blocks, workers = _blocks(rows_per_expert, token_of_row.shape[0], up, down, pre)
     blocks.zero_idle(*(t for t, w in zip(made[2:], wanted[2:], strict=True) if w))
     of_weight.zero_()
-    tokens, firsts = blocks.own(token_of_row.contiguous()), blocks.padded(pre)
+    tokens, firsts = _tokens(blocks, token_of_row, x.shape[0]), blocks.padded(pre)
     seconds = blocks.padded(value) if gated else firsts
     weights = None if weight_of_row is None else _columns(blocks, weight_of_row, pre)
     back_down, back_up = Linears(blocks, down), Linears(blocks, up)
@@ -218,9 +236,9 @@ def mixture_backward(
             if for_weight or goes_on:
                 back_down(block, g, of_hidden, scratch)
             if for_weight:
-                products = torch.mul(of_hidden, hidden, out=scratch("products", size))
-                products = products if size == block.count else products[: block.count]
-                torch.sum(products, 1, dtype=of_weight.dtype, out=of_weights[i])
+                both = torch.mul(of_hidden, hidden, out=scratch("products", size))
+                both = both if size == block.count else both[: block.count]
+                torch.sum(both, 1, dtype=of_weight.dtype, out=of_weights[i])
                 if along_bias is not None:
                     of_bias = scratch("of_bias", size)
                     along_bias(block, g, of_bias, scratch)
@@ -323,6 +341,7 @@ def _gradients_of(ctx: Any, grad: Tensor | None, run: Callable[..., Any]) -> tup
         return (None,) * 12
     x, _, weight, _, up, down, up_bias, down_bias = ctx.needs_input_grad[:8]
     wanted = [x, weight, up, down, up_bias, down_bias]
+    run = mixture_backward if _is_lazy(grad) else run
     grads = run(grad, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
     found = [t if w else None for t, w in zip(grads, wanted, strict=True)]
     return found[0], None, found[1], None, *found[2:], None, None, None, None
@@ -346,6 +365,11 @@ class _Mixture(torch.autograd.Function):
         return _gradients_of(ctx, grads[0], mixture_backward._init_fn)
 
 
+def _is_lazy(tensor: Tensor) -> bool:
+    """Whether its memory does not hold its numbers; the dispatcher writes them out."""
+    return tensor.is_neg() or tensor._is_zerotensor()  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def mix(*given: Any) -> Tensor:
     """Run the operator (see `mixture` for what it is given), at what it costs here.
 
@@ -358,7 +382,7 @@ def mix(*given: Any) -> Tensor:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or any(type(part) not in (Tensor, nn.Parameter) for part in tensors)
+        or any(type(part) not in (Tensor, nn.Parameter) or _is_lazy(part) for part in tensors)
     )
     if watched:
         return mixture(*given)[0]

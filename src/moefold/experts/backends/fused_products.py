@@ -75,19 +75,19 @@ class Linears:
 
     def __init__(self, blocks: Blocks, matrices: Tensor, biases: Tensor | None = None) -> None:
         self._matrices = blocks.by_run(matrices)
-        self._biases = None if biases is None else blocks.by_run(biases)
+        self._biases = None if biases is None else blocks.by_run(biases.contiguous())
         self._are_vectors = matrices.shape[2] == 1
 
     def __call__(self, block: Block, x: Tensor | Picked, out: Tensor, scratch: Scratch) -> None:
         """Write the layers of a block's experts at x."""
         if block.compiled and not self._are_vectors:
             assert scratch.room is not None
-            of_run = zip(self._of(block, out), _factors(block, x), block.by_run(out), strict=False)
+            of_run = zip(self._of(block, out), _factors(block, x), block.by_run(out), strict=True)
             for (matrix, bias), (left, index), made in of_run:
                 products.product(left, matrix, made, scratch.room, bias=bias, left_index=index)
             return
         x = x.rows() if isinstance(x, Picked) else x
-        of_run = zip(self._of(block, x), block.by_run(x), block.by_run(out), strict=False)
+        of_run = zip(self._of(block, x), block.by_run(x), block.by_run(out), strict=True)
         for (matrix, bias), rows, made in of_run:
             if bias is None:
                 _product(rows, matrix, made)
@@ -110,7 +110,7 @@ class Linears:
             assert scratch.room is not None
             of_weights = repeat(None) if weights is None else block.split(weights)
             places = zip(block.split(tokens), of_weights, strict=False)
-            of_run = zip(self._of(block, x), block.by_run(x), places, strict=False)
+            of_run = zip(self._of(block, x), block.by_run(x), places, strict=True)
             for (matrix, bias), rows, (index, weight) in of_run:
                 products.product(
                     rows,
@@ -159,7 +159,7 @@ class Sums:
         intos = block.own(self._into)
         if block.compiled and self._for_compiled:
             assert scratch.room is not None
-            of_run = zip(intos, _factors(block, left), _factors(block, right), strict=False)
+            of_run = zip(intos, _factors(block, left), _factors(block, right), strict=True)
             for into, (one, of_one), (other, of_other) in of_run:
                 products.sums(
                     one, other, into, scratch.room, left_index=of_one, right_index=of_other

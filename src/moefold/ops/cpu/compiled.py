@@ -12,8 +12,11 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
+import sys
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -39,15 +42,18 @@ def library() -> ctypes.CDLL | str:
     if not compiler:
         return "no C compiler was found: neither $CC, cc nor gcc"
     try:
-        return ctypes.CDLL(str(_compiled([*compiler.split(), *FLAGS])))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return f"compiling {SOURCE.name} failed: {said.strip()}"
+        return _loaded([*shlex.split(compiler), *FLAGS])
+    except subprocess.CalledProcessError as error:
+        return f"compiling {SOURCE.name} failed: {(error.stderr or str(error)).strip()}"
+    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        return f"making a library of {SOURCE.name} failed: {error}"
 
 
 def _reason_against() -> str:
     if os.environ.get(SWITCH) == "0":
         return f"{SWITCH}=0 forbids it"
+    if sys.platform == "win32":
+        return "it was never compiled on Windows"
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"it is written for x86-64, and this is {platform.machine()}"
     level = torch.backends.cpu.get_cpu_capability()
@@ -56,16 +62,22 @@ def _reason_against() -> str:
     return ""
 
 
-def _compiled(command: list[str]) -> Path:
-    """Where the library lies, made if it is not there."""
+def _loaded(command: list[str]) -> ctypes.CDLL:
+    """The library, made anew if it is not there or cannot be loaded."""
     source = SOURCE.read_bytes()
     name = hashlib.sha256(source + "\0".join(command).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "moefold"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise ValueError(f"others may write to {folder}; make it yours alone")
     made = folder / f"products-{name}.so"
     if made.is_file():
-        return made
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            return ctypes.CDLL(str(made))
+        except OSError:
+            pass  # cut short, or made for another system: it is replaced below
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         part = Path(unfinished) / made.name
         subprocess.run(
@@ -73,7 +85,9 @@ def _compiled(command: list[str]) -> Path:
             check=True,
             capture_output=True,
             text=True,
+            errors="replace",
             timeout=PATIENCE,
         )
+        library = ctypes.CDLL(str(part))
         part.replace(made)  # several processes may do this at once: each replaces like by like
-    return made
+    return library

@@ -2,7 +2,7 @@
 
 Shapes: `[rows, depth] @ [depth, columns]`, or stacks of both, `[experts, rows, depth] @ [experts,
 depth, columns]`. All of it float32. With an index, a factor is `[tokens, depth]` and its rows are
-those that the index, `[rows]` or `[experts * rows]`, names.
+those that the index, `[rows]` or `[experts * rows]`, names. None of the sizes is 0.
 """
 
 import ctypes
@@ -42,7 +42,9 @@ def can_multiply(like: Tensor, *stacks: Tensor) -> bool:
 def make_room() -> Tensor | None:
     """Memory for one thread's `product` and `sums`; None where there is no compiled code."""
     functions = _functions()
-    return None if functions is None else torch.empty(functions.room)
+    if functions is None:
+        return None
+    return torch.empty(functions.room, dtype=torch.float32, device="cpu")
 
 
 def product(
@@ -61,14 +63,14 @@ def product(
 
     Args:
         left: rows, or tokens if there is an index; the numbers of a row follow each other.
-        right: matrices that `suits` agrees to.
+        right: matrices that `can_multiply` agrees to.
         out: where the result goes, as `left`.
         room: see `make_room`.
-        bias: `[columns]` or `[experts, columns]`.
+        bias: `[columns]` or `[experts, columns]`, the numbers of an expert following each other.
         scale: a number for each row of all experts.
         add: to what is there.
-        left_index: of the rows in `left`.
-        out_index: of the rows in `out`; one that comes twice is only right if `add`.
+        left_index: of the rows in `left`; int64, without gaps, and within bounds: nobody checks.
+        out_index: of the rows in `out`, likewise; one that comes twice is only right if `add`.
     """
     experts, turned = right.shape[0] if right.ndim == 3 else 1, right.stride(-2) == 1
     functions = _functions()
@@ -85,7 +87,7 @@ def product(
         turned,
         *_place(out, out_index),
         None if bias is None else bias.data_ptr(),
-        0 if bias is None else bias.stride(0),
+        0 if bias is None or bias.ndim == 1 else bias.stride(0),
         None if scale is None else scale.data_ptr(),
         add,
         room.data_ptr(),
