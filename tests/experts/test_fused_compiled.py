@@ -161,7 +161,7 @@ def test_a_short_index_and_strided_biases_are_read_right(calls):
 def test_numbers_that_are_not_written_out_yet_are_read_right(calls):
     given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
     want = FusedBackend().mix(-given.x, given.routing, given.weights)
-    negative = torch._neg_view(given.x)
+    negative = torch._neg_view(given.x)  # pyright: ignore[reportPrivateImportUsage]
     assert negative.is_neg()
     assert torch.equal(FusedBackend().mix(negative, given.routing, given.weights), want)
 
