@@ -3,9 +3,9 @@
 Shapes: tensors of any `[shape]`.
 
 A stack of matrices and its gradient have hundreds of megabytes, the gradient anew in every step. In
-pages of 4 KiB most of a backward pass can go into page faults, and compiled products wait for
-addresses. Linux gives pages of 2 MiB to whoever asks; numpy does so for its arrays from 4 MiB on,
-and so do we. (`THP_MEM_ALLOC_ENABLE=1` in the environment makes torch ask for all of its memory.)
+pages of 4 KiB much of a backward pass goes into page faults, and products wait for addresses. Linux
+gives pages of 2 MiB to whoever asks; numpy asks for its arrays from 4 MiB on, and so do we.
+(`THP_MEM_ALLOC_ENABLE=1` in the environment makes torch ask for all of its memory.)
 """
 
 import ctypes

@@ -1,10 +1,10 @@
 /* Products with a few dozen rows, for x86-64 with AVX2 and FMA, float32.
  *
  * An expert has few rows and large matrices. Libraries arrange both factors of a product anew,
- * which pays if each number is then used for hundreds of rows; for 64 rows it costs a fifth.
- * Here rows are read where they lie, and a matrix is arranged 16 columns at a time in first-level
- * cache while the next 16 columns are already being fetched. Rows need not be gathered before a
- * product, nor added to their tokens after it: both have an index.
+ * which pays if each number is then used for hundreds of rows, and not for 64. Here rows are read
+ * where they lie, and a matrix is arranged 16 columns at a time in first-level cache while the next
+ * 16 columns are already being fetched. Rows need not be gathered before a product, nor added to
+ * their tokens after it: both have an index.
  *
  * A number of a result is one sum in the order of the depth, in steps of DEPTH, whatever else there
  * is to compute: it depends on its own row and column alone.
