@@ -90,15 +90,12 @@ def disagreement(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> D
     A gradient of a single number is a sum of very many that nearly cancel: its rounding is that of
     what was added, not of what is left. It is judged together with its module's other gradients.
     """
-    together: dict[str, list[str]] = {}
+    errors = {}
     for name in found:
-        single = wanted[name].numel() == 1
-        together[name] = [other for other in found if _module(other) == _module(name)]
-        together[name] = together[name] if single else [name]
-    errors = {
-        name: _relative([found[n] for n in names], [wanted[n] for n in names])
-        for name, names in together.items()
-    }
+        names = [name]
+        if wanted[name].numel() == 1:
+            names = [other for other in found if _module(other) == _module(name)]
+        errors[name] = _relative([found[n] for n in names], [wanted[n] for n in names])
     # NaN is larger than any number.
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))
     return Disagreement(error=errors[worst], where=worst)

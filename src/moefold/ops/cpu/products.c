@@ -148,7 +148,7 @@ static Row *const ROW_OF_TILES[HEIGHT + 1] = {0, row1, row2, row3, row4, row5, r
 
 static int least(int one, int other) { return one < other ? one : other; }
 
-/* Where a row lies: `rows` apart from each other, or as the index says. */
+/* Where a row lies: after the one before, or as the index says. */
 INLINE long place(const int64_t *index, long row) { return index ? index[row] : row; }
 
 /* Copy `columns` of a row, or add them to it. */
