@@ -109,6 +109,8 @@ def by_definition(x: Tensor, routing: SparseRouting, weights: ExpertWeights) -> 
 
 def solve(mix, given, back: Tensor) -> dict[str, Tensor]:
     """The result and all gradients."""
+    for leaf in leaves_of(*given).values():
+        leaf.grad = None  # of whoever was asked before
     out = mix(*given)
     out.backward(back.to(out.dtype))
     found = {name: leaf.grad for name, leaf in leaves_of(*given).items()}

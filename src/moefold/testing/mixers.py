@@ -99,6 +99,8 @@ def by_rows(x: Tensor, routing: SparseRouting, weights: ExpertWeights) -> Tensor
 
 def solve_mix(mix: Mix, given: MixProblem) -> dict[str, Tensor]:
     """The result and every gradient."""
+    for tensor in given.leaves().values():
+        tensor.grad = None  # of whoever was asked before
     y = mix(given.x, given.routing, given.weights)
     assert y.shape == given.x.shape, f"{tuple(given.x.shape)} became {tuple(y.shape)}"
     y.backward(given.back.to(y.dtype))

@@ -90,6 +90,8 @@ def problem(
 
 def solve(backend: AbstractBackend, given: Problem) -> dict[str, Tensor]:
     """The result and every gradient."""
+    for tensor in given.leaves().values():
+        tensor.grad = None  # of whoever was asked before
     y = backend.compute(given.rows, given.counts, given.weights)
     assert y.shape == given.rows.shape, f"{tuple(given.rows.shape)} became {tuple(y.shape)}"
     y.backward(given.back.to(y.dtype))

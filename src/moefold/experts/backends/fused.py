@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from moefold.experts.backends.base import AbstractMixer, ExpertWeights
-from moefold.experts.backends.fused_ops import WRITTEN, mix
+from moefold.experts.backends.fused_hidden import WRITTEN
+from moefold.experts.backends.fused_ops import mix
 from moefold.ops.grouped import linear_dtype
 from moefold.routing import SparseRouting
 

@@ -17,8 +17,8 @@ from typing import final
 
 from torch import Tensor
 
-from moefold.ops.cpu import products
-from moefold.ops.grouped import padded, too_few_rows
+from moefold.ops.cpu import experts
+from moefold.ops.grouped import padded
 
 BLOCK_ROWS = 1024
 """A block of several experts has no more rows: more save no time."""
@@ -64,7 +64,7 @@ class Block:
         first_run: place of its first run among those of all blocks.
         count: rows of all of them.
         size: the same with the rows that pad it.
-        compiled: whether compiled code multiplies it, see `ops.cpu.products`.
+        compiled: whether it is left to compiled code, see `ops.cpu.experts`.
     """
 
     first_run: int
@@ -114,17 +114,17 @@ class Blocks:
     are made all at once, and of experts with rows only where these are few.
 
     Args:
-        rows_per_expert: how many rows each expert has.
+        counts: how many rows each expert has.
         rows: how many there are, spare ones too.
         widest: numbers in a row of the widest matrix that is made of a block.
         like: of the dtype that is computed in.
         workers: among how many the blocks will be shared out.
-        compiled: whether compiled code multiplies blocks of experts whose rows suit it.
+        compiled: whether experts whose rows suit compiled code are left to it.
     """
 
     def __init__(
         self,
-        rows_per_expert: Tensor,
+        counts: Sequence[int],
         rows: int,
         widest: int,
         like: Tensor,
@@ -132,9 +132,6 @@ class Blocks:
         workers: int = 1,
         compiled: bool = False,
     ) -> None:
-        counts = rows_per_expert.tolist()
-        if sum(counts) > rows:
-            raise ValueError(too_few_rows(sum(counts), rows))
         self._experts, self._rows = len(counts), rows
         most = min(BLOCK_ROWS, BLOCK_NUMBERS // widest)
         if workers > 1:
@@ -144,7 +141,7 @@ class Blocks:
         for expert, count in enumerate(counts):
             if not count:
                 continue
-            size, suits = padded(count, like), compiled and products.suits(count)
+            size, suits = padded(count, like), compiled and experts.suits(count)
             fits = block and block.compiled == suits and block.has_room(size, count, most)
             if block is None or not fits:
                 block = Block(first_run=block.end_run if block else 0, compiled=suits)
@@ -207,12 +204,10 @@ class Scratch:
     Args:
         rows: of the largest block.
         like: of the dtype that is computed in.
-        compiled: whether there is memory for compiled products, `room`, too.
         **widths: of what there is room for, by name.
     """
 
-    def __init__(self, rows: int, like: Tensor, *, compiled: bool = False, **widths: int) -> None:
-        self.room = products.make_room() if compiled else None
+    def __init__(self, rows: int, like: Tensor, **widths: int) -> None:
         self._whole = {name: like.new_empty(rows, width) for name, width in widths.items()}
         self._views: dict[tuple[str, int], Tensor] = {}
 

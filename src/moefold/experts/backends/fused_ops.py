@@ -16,49 +16,26 @@ With g the gradient at the tokens of the rows and d = g @ down, the gradients ar
 
 and those of the parameters g.T @ (w * hidden) and [grad_pre, grad_value].T @ x.
 
-A block of rows (see `fused_blocks`), its hidden rows and its result stay in cache from the first
-product to the sum: nothing of the size of all rows is made but `pre` and `value`.
+An expert's hidden rows and its results stay in cache from the first product to the sum: nothing of
+the size of all rows is made but `pre` and `value`. Compiled code does that for experts with some
+hundred rows or less (`ops.cpu.experts`), and torch's operations for all others (`fused_torch`).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from moefold.experts.backends.fused_blocks import Blocks, room
-from moefold.experts.backends.fused_parts import Part, make_parts, total
-from moefold.experts.backends.fused_products import Linears, Picked, Sums, in_dtype_of
-from moefold.experts.backends.fused_workers import run_on, workers_for
-from moefold.ops.cpu import products
+from moefold.experts.backends import fused_torch
+from moefold.experts.backends.fused_blocks import room
+from moefold.experts.backends.fused_products import in_dtype_of
+from moefold.experts.backends.fused_workers import share_out, workers_for
+from moefold.ops.cpu import experts
 from moefold.ops.cpu.pages import in_huge_pages
-
-_aten = torch.ops.aten
-
-# name: (act(x, out), its derivative at x times grad, into out). Without autograd: these run inside
-# of an operator.
-WRITTEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
-    "gelu": (
-        lambda x, out: _aten.gelu.out(x, out=out),
-        lambda grad, x, out: _aten.gelu_backward.grad_input(grad, x, grad_input=out),
-    ),
-    "gelu_tanh": (
-        lambda x, out: _aten.gelu.out(x, approximate="tanh", out=out),
-        lambda grad, x, out: _aten.gelu_backward.grad_input(
-            grad, x, approximate="tanh", grad_input=out
-        ),
-    ),
-    "relu": (
-        lambda x, out: _aten.relu.out(x, out=out),
-        lambda grad, x, out: _aten.threshold_backward.grad_input(grad, x, 0, grad_input=out),
-    ),
-    "silu": (
-        lambda x, out: _aten.silu.out(x, out=out),
-        lambda grad, x, out: _aten.silu_backward.grad_input(grad, x, grad_input=out),
-    ),
-}
-"""Activations whose derivative is written here."""
+from moefold.ops.grouped import padded, too_few_rows
 
 
 def work_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -103,65 +80,57 @@ def mixture(
         up_bias: added after the first product.
         down_bias: added after the second product.
         gated: whether half of the first product gates the other half.
-        activation: a name of `WRITTEN`.
+        activation: a name of `fused_hidden.WRITTEN`.
         dtype: of the result; every input is cast block by block to what it is computed in.
         keep: whether there will be a backward pass.
     """
-    activate, width, dim = WRITTEN[activation][0], down.shape[2], down.shape[1]
-    rows, like = token_of_row.shape[0], x.new_empty(0, dtype=work_dtype(dtype))
-    blocks, workers = _blocks(rows_per_expert, rows, up, down, like)
+    width, dim, rows = down.shape[2], down.shape[1], token_of_row.shape[0]
+    like, counts = x.new_empty(0, dtype=work_dtype(dtype)), _counts(rows_per_expert, rows)
     kept_rows = room(rows, up.shape[0], like) if keep else 0
     kept = like.new_empty(kept_rows, width), like.new_empty(kept_rows if gated else 0, width)
-    if not len(blocks):
-        nothing = x.new_zeros(x.shape[0], dim, dtype=dtype)
-        return nothing, kept[0].zero_(), kept[1].zero_()
-    firsts, seconds = (blocks.padded(part) if part.shape[0] else None for part in kept)
     # Sums over the experts of a token are rounded once, at their end.
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    tokens = _tokens(blocks, token_of_row, x.shape[0])
-    weights = None
-    if weight_of_row is not None:
-        weights = blocks.own(weight_of_row.to(sum_dtype).contiguous())
-    turned = up.transpose(1, 2)
-    to_pre, to_value = (
-        Linears(blocks, turned[..., half], None if up_bias is None else up_bias[:, half])
-        for half in (slice(width), slice(width, None))
+    given = experts.Experts(
+        counts=counts,
+        tokens=_tokens(token_of_row, counts, x.shape[0]),
+        weights=None if weight_of_row is None else weight_of_row.to(sum_dtype).contiguous(),
+        x=x,
+        up=up,
+        down=down,
+        up_bias=_whole(up_bias),
+        down_bias=_whole(down_bias),
+        pre=kept[0] if keep else None,
+        value=kept[1] if keep and gated else None,
+        gated=gated,
+        activation=activation,
     )
-    to_out = Linears(blocks, down.transpose(1, 2), down_bias)
-
-    def through(part: Part) -> None:
-        scratch = part.scratch
-        for i in part.share:
-            block = blocks[i]
-            found = Picked(block, x, tokens[i], scratch, "x")
-            pre = scratch("pre", block.size) if firsts is None else firsts[i]
-            to_pre(block, found, pre, scratch)
-            hidden = activate(pre, out=scratch("hidden", block.size))
-            if gated:
-                value = scratch("value", block.size) if seconds is None else seconds[i]
-                to_value(block, found, value, scratch)
-                hidden.mul_(value)
-            weight = None if weights is None else weights[i]
-            to_out.add_to(part.sums, tokens[i], block, hidden, weight, scratch)
-
-    widths = {"x": x.shape[1], "hidden": width, "out": dim}
-    if not keep:
-        widths |= {"pre": width, "value": width} if gated else {"pre": width}
-    parts = make_parts(blocks, workers, x.new_zeros(x.shape[0], dim, dtype=sum_dtype), widths, like)
-    run_on(parts, through)
+    workers, compiled = _plan(given, like, sum_dtype)
+    sums = [x.new_zeros(x.shape[0], dim, dtype=sum_dtype) for _ in range(workers)]
+    if compiled and sum(counts):
+        shares = _share_out(compiled, counts, workers)
+        experts.forward(replace(given, x=experts.readable(x)), shares, sums)
+    if len(compiled) < len(counts) and sum(counts):
+        fused_torch.forward(given, sums, like, compiled=bool(compiled))
     for part in kept:
-        part[blocks.size :].zero_()
-    return total(parts).to(dtype), *kept
+        part[sum(padded(count, like) for count in counts if count) :].zero_()
+    return total(sums).to(dtype), *kept
 
 
-def _tokens(blocks: Blocks, token_of_row: Tensor, tokens: int) -> Sequence[Tensor]:
-    """The token of every row, by block, as compiled code reads it: that cannot see a wrong one.
+def _counts(rows_per_expert: Tensor, rows: int) -> list[int]:
+    counts = rows_per_expert.tolist()
+    if sum(counts) > rows:
+        raise ValueError(too_few_rows(sum(counts), rows))
+    return counts
+
+
+def _tokens(token_of_row: Tensor, counts: Sequence[int], tokens: int) -> Tensor:
+    """The token of every row as compiled code reads it: that cannot see a wrong one.
 
     Raises:
         ValueError: a row names a token that is not there.
     """
     index = token_of_row.to(torch.int64).contiguous()
-    if len(blocks):
+    if sum(counts):
         first, last = (int(end) for end in index.aminmax())
         if first < 0 or last >= tokens:
             wrong = first if first < 0 else last
@@ -169,21 +138,30 @@ def _tokens(blocks: Blocks, token_of_row: Tensor, tokens: int) -> Sequence[Tenso
                 f"token_of_row names token {wrong}, but there are {tokens}; a routing belongs to "
                 f"the tokens it was made for"
             )
-    return blocks.own(index)
+    return index
 
 
-def _blocks(
-    rows_per_expert: Tensor, rows: int, up: Tensor, down: Tensor, like: Tensor
-) -> tuple[Blocks, int]:
-    """The blocks, and among how many threads to share them."""
-    workers = workers_for(rows, up, down)
-    # Compiled code runs in one thread, and is no match for torch's where that has several.
-    alone = workers > 1 or torch.get_num_threads() == 1
-    compiled = rows > 0 and alone and products.can_multiply(like, up, down)
-    blocks = Blocks(
-        rows_per_expert, rows, max(up.shape[1:]), like, workers=workers, compiled=compiled
-    )
-    return blocks, workers
+def _whole(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _plan(
+    given: experts.Experts, like: Tensor, sum_dtype: torch.dtype
+) -> tuple[int, Sequence[int]]:
+    """How many threads compute, each of them alone, and which experts in compiled code."""
+    counts, compiled = given.counts, []
+    workers = workers_for(sum(counts), given.up, given.down)
+    told = (given.up, given.down, given.up_bias, given.down_bias, given.weights, given.of_weights)
+    there = [tensor for tensor in told if tensor is not None]
+    if workers and sum_dtype == torch.float32 and experts.can_compute(like, *there):
+        compiled = [i for i, count in enumerate(counts) if experts.suits(count)]
+    return max(min(workers, sum(count > 0 for count in counts)), 1), compiled
+
+
+def _share_out(own: Sequence[int], counts: Sequence[int], workers: int) -> list[list[int]]:
+    """Some experts by worker."""
+    shares = share_out([counts[i] for i in own], workers)
+    return [[own[i] for i in share] for share in shares]
 
 
 @torch.library.custom_op("moefold::fused_mixture_backward", mutates_args=())
@@ -204,93 +182,53 @@ def mixture_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weights of rows, up, down and the biases; empty if not wanted."""
-    (activate, derivative), width = WRITTEN[activation], down.shape[2]
-    given = (x, weight_of_row, up, down, up_bias, down_bias)
-    of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = made = _gradients(given, wanted)
-    for_x, for_weight, *_ = wanted
-    blocks, workers = _blocks(rows_per_expert, token_of_row.shape[0], up, down, pre)
-    blocks.zero_idle(*(t for t, w in zip(made[2:], wanted[2:], strict=True) if w))
-    of_weight.zero_()
-    tokens, firsts = _tokens(blocks, token_of_row, x.shape[0]), blocks.padded(pre)
-    seconds = blocks.padded(value) if gated else firsts
-    weights = None if weight_of_row is None else _columns(blocks, weight_of_row, pre)
-    back_down, back_up = Linears(blocks, down), Linears(blocks, up)
-    along_bias = None if down_bias is None else Linears(blocks, down_bias.unsqueeze(2))
-    of_weights = blocks.own(of_weight) if for_weight else tokens
-    sum_up, sum_down = (Sums(blocks, t) if t.numel() else None for t in (of_up, of_down))
-    sum_up_bias, sum_down_bias = (
-        Sums(blocks, t.unsqueeze(1)) if t.numel() else None for t in (of_up_bias, of_down_bias)
+    own = (x, weight_of_row, up, down, up_bias, down_bias)
+    of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = _gradients(own, wanted)
+    for_x, for_weight, for_up, for_down, for_up_bias, for_down_bias = wanted
+    counts = _counts(rows_per_expert, token_of_row.shape[0])
+    given = experts.Experts(
+        counts=counts,
+        tokens=_tokens(token_of_row, counts, x.shape[0]),
+        weights=None if weight_of_row is None else in_dtype_of(weight_of_row, pre).contiguous(),
+        x=x,
+        up=up,
+        down=down,
+        up_bias=_whole(up_bias),
+        down_bias=_whole(down_bias),
+        pre=pre,
+        value=value if gated else None,
+        gated=gated,
+        activation=activation,
+        grad=grad,
+        of_weights=of_weight.zero_() if for_weight else None,
+        of_up=of_up if for_up else None,
+        of_down=of_down if for_down else None,
+        of_up_bias=of_up_bias if for_up_bias else None,
+        of_down_bias=of_down_bias if for_down_bias else None,
     )
-    goes_on = for_x or sum_up is not None or sum_up_bias is not None  # through the activation
-
-    def back(part: Part) -> None:
-        scratch = part.scratch
-        for i in part.share:
-            block, weight = blocks[i], None if weights is None else weights[i]
-            size = block.size
-            g = Picked(block, grad, tokens[i], scratch, "grad")
-            hidden = activated = activate(firsts[i], out=scratch("activated", size))
-            if gated:
-                hidden = torch.mul(activated, seconds[i], out=scratch("hidden", size))
-            of_hidden = scratch("of_hidden", size)
-            if for_weight or goes_on:
-                back_down(block, g, of_hidden, scratch)
-            if for_weight:
-                both = torch.mul(of_hidden, hidden, out=scratch("products", size))
-                both = both if size == block.count else both[: block.count]
-                torch.sum(both, 1, dtype=of_weight.dtype, out=of_weights[i])
-                if along_bias is not None:
-                    of_bias = scratch("of_bias", size)
-                    along_bias(block, g, of_bias, scratch)
-                    of_weights[i].add_(of_bias[: block.count, 0])
-            if sum_down_bias:
-                ones = hidden.new_ones(size, 1)
-                sum_down_bias(block, ones if weight is None else weight, g, scratch)
-            if sum_down:
-                # Nothing reads `hidden` after this.
-                hidden = hidden if weight is None else hidden.mul_(weight)
-                sum_down(block, g, hidden, scratch)
-            if not goes_on:
-                continue
-            if weight is not None:
-                of_hidden.mul_(weight)
-            of_first = scratch("of_first", size) if gated else of_hidden
-            if gated:
-                torch.mul(of_hidden, activated, out=of_first[:, width:])
-                of_hidden.mul_(seconds[i])
-            derivative(of_hidden, firsts[i], out=of_first[:, :width])
-            if sum_up_bias:
-                sum_up_bias(block, of_first.new_ones(size, 1), of_first, scratch)
-            if sum_up:
-                found = Picked(block, x, tokens[i], scratch, "x")
-                sum_up(block, of_first, found, scratch)
-            if for_x:
-                back_up.add_to(part.sums, tokens[i], block, of_first, None, scratch)
-
-    widths = {"grad": grad.shape[1], "activated": width, "of_hidden": width}
-    if gated:
-        widths |= {"hidden": width, "of_first": up.shape[1]}
-    if for_weight:
-        widths |= {"products": width, "of_bias": 1}
-    if sum_up:
-        widths["x"] = x.shape[1]
-    if for_x:
-        widths["out"] = x.shape[1]
-    sums = of_x.to(torch.promote_types(x.dtype, torch.float32)).zero_()
-    parts = make_parts(blocks, workers, sums, widths, pre)
-    run_on(parts, back)
-    return total(parts).to(x.dtype), of_weight, of_up, of_down, of_up_bias, of_down_bias
-
-
-def _columns(blocks: Blocks, weight_of_row: Tensor, like: Tensor) -> Sequence[Tensor]:
-    """The weights of every block's rows as a column, zero for the rows that pad it."""
-    columns = blocks.own(in_dtype_of(weight_of_row, like)[:, None])
-    if not blocks.is_padded:
-        return columns
-    return [
-        torch.nn.functional.pad(column, (0, 0, 0, block.size - block.count))
-        for column, block in zip(columns, blocks, strict=False)
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    workers, compiled = _plan(given, pre, sum_dtype)
+    sums = [
+        torch.zeros_like(of_x, dtype=sum_dtype) if i or x.dtype != sum_dtype else of_x.zero_()
+        for i in range(workers)
     ]
+    if compiled:
+        shares = _share_out(compiled, counts, workers)
+        readable = {"x": experts.readable(x), "grad": experts.readable(grad)}
+        compiled_sums = sums if for_x else [None] * workers
+        experts.backward(replace(given, **readable), shares, compiled_sums)
+    if len(compiled) < len(counts):
+        fused_torch.backward(given, sums, for_x=for_x, compiled=bool(compiled))
+    of_x = total(sums).to(x.dtype)
+    return of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias
+
+
+def total(sums: Sequence[Tensor]) -> Tensor:
+    """What all workers have, added in their order."""
+    first, *others = sums
+    for other in others:
+        first.add_(other)
+    return first
 
 
 def _gradients(given: Sequence[Tensor | None], wanted: Sequence[bool]) -> tuple[Tensor, ...]:

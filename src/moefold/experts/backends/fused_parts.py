@@ -1,4 +1,4 @@
-"""What one worker of the fused backend gets: blocks, memory for one at a time, and sums of its own.
+"""What one worker of the fused backend gets: blocks, memory for one at a time, and its sums.
 
 Shapes: `tokens dim` sums; see `fused_blocks`.
 """
@@ -6,7 +6,6 @@ Shapes: `tokens dim` sums; see `fused_blocks`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moefold.experts.backends.fused_blocks import Blocks, Scratch
@@ -29,37 +28,24 @@ class Part:
 
 
 def make_parts(
-    blocks: Blocks, workers: int, sums: Tensor, widths: dict[str, int], like: Tensor
+    blocks: Blocks, sums: Sequence[Tensor], widths: dict[str, int], like: Tensor
 ) -> list[Part]:
-    """Share the blocks out, a part for each worker that gets any, or one without blocks.
+    """Share the blocks out that torch computes, a part for each worker that gets any.
 
     Args:
         blocks: all of them.
-        workers: how many there are at most.
-        sums: zeros, of the first part; the others get their own.
+        sums: of each worker.
         widths: of the memory for a block, by name, see `Scratch`.
         like: of the dtype that is computed in.
     """
-    shares = share_out([block.size for block in blocks], workers)
-    shares = [share for share in shares if share] or shares[:1]
+    left = [i for i, block in enumerate(blocks) if not block.compiled]
+    shares = share_out([blocks[i].size for i in left], len(sums))
     return [
         Part(
-            share=share,
-            sums=torch.zeros_like(sums) if i else sums,
-            scratch=Scratch(
-                max((blocks[j].size for j in share), default=0),
-                like,
-                compiled=any(blocks[j].compiled for j in share),
-                **widths,
-            ),
+            share=[left[i] for i in share],
+            sums=own,
+            scratch=Scratch(max(blocks[left[i]].size for i in share), like, **widths),
         )
-        for i, share in enumerate(shares)
+        for share, own in zip(shares, sums, strict=True)
+        if share
     ]
-
-
-def total(parts: Sequence[Part]) -> Tensor:
-    """The sums of all parts, added in their order."""
-    first, *others = parts
-    for other in others:
-        first.sums.add_(other.sums)
-    return first.sums

@@ -1,4 +1,4 @@
-"""Compile the C file of this folder once on a machine, keep the library, and load it.
+"""Compile the C files of this folder once on a machine, keep the library, and load it.
 
 Nothing has to be installed and nothing is built with the package: where there is a C compiler, the
 library is made when it is first asked for, which takes two seconds; where there is none, or where
@@ -23,11 +23,11 @@ from pathlib import Path
 
 import torch
 
-SOURCE = Path(__file__).with_name("products.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 SWITCH = "MOEFOLD_COMPILE_PRODUCTS"
 """Set to 0, this environment variable forbids to compile and to load anything."""
 
-FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-fPIC", "-shared")
+FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-fPIC", "-shared", "-fvisibility=hidden")
 PATIENCE = 120.0
 """Seconds after which a compiler is given up."""
 
@@ -44,9 +44,9 @@ def library() -> ctypes.CDLL | str:
     try:
         return _loaded([*shlex.split(compiler), *FLAGS])
     except subprocess.CalledProcessError as error:
-        return f"compiling {SOURCE.name} failed: {(error.stderr or str(error)).strip()}"
+        return f"compiling failed: {(error.stderr or str(error)).strip()}"
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        return f"making a library of {SOURCE.name} failed: {error}"
+        return f"making a library failed: {error}"
 
 
 def _reason_against() -> str:
@@ -64,7 +64,7 @@ def _reason_against() -> str:
 
 def _loaded(command: list[str]) -> ctypes.CDLL:
     """The library, made anew if it is not there or cannot be loaded."""
-    source = SOURCE.read_bytes()
+    source = b"\0".join(path.read_bytes() for path in SOURCES)
     name = hashlib.sha256(source + "\0".join(command).encode()).hexdigest()[:16]
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base) / "moefold"
@@ -72,7 +72,7 @@ def _loaded(command: list[str]) -> ctypes.CDLL:
     found = folder.stat()
     if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise ValueError(f"others may write to {folder}; make it yours alone")
-    made = folder / f"products-{name}.so"
+    made = folder / f"experts-{name}.so"
     if made.is_file():
         try:
             return ctypes.CDLL(str(made))
@@ -81,7 +81,7 @@ def _loaded(command: list[str]) -> ctypes.CDLL:
     with tempfile.TemporaryDirectory(dir=folder) as unfinished:
         part = Path(unfinished) / made.name
         subprocess.run(
-            [*command, "-o", str(part), str(SOURCE)],
+            [*command, "-o", str(part), *(str(path) for path in SOURCES if path.suffix == ".c")],
             check=True,
             capture_output=True,
             text=True,

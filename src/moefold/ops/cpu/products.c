@@ -6,14 +6,14 @@
  * 16 columns are already being fetched. Rows need not be gathered before a product, nor added to
  * their tokens after it: both have an index.
  *
- * A number of a result is one sum in the order of the depth, in steps of DEPTH, whatever else there
- * is to compute: it depends on its own row and column alone.
+ * A number of a result is one sum in the order of the depth, in steps of DEPTH, or for up to FEW
+ * rows eight sums side by side. It depends on its own row and column and on how many rows there are.
  *
  * All strides count floats. The numbers of a row follow each other; rows need not.
  */
 
-#include <immintrin.h>
-#include <stdint.h>
+#include "experts.h"
+#include "lanes.h"
 
 enum {
     HEIGHT = 6,      /* rows and columns that one pass over the depth makes, */
@@ -22,9 +22,9 @@ enum {
     ROWS = 96,       /* rows of so many numbers that second-level cache keeps */
     SHORT = 256,     /* depth of a part of a sum over rows */
     STRIP = 1 << 17, /* numbers of its right factor that second-level cache keeps */
+    FEW = 3,         /* rows for which a matrix is not arranged, */
+    ABREAST = 4,     /* and columns that are then read side by side */
 };
-
-#define INLINE static inline __attribute__((always_inline))
 
 /* What to fetch while computing: two lines for every 16 steps of depth. */
 typedef struct {
@@ -74,12 +74,6 @@ typedef struct {
         _mm256_storeu_ps(at, low##i); \
         _mm256_storeu_ps(at + 8, high##i); \
     }
-
-/* What becomes of a product: (product + bias) times the row's scale, written or added. */
-typedef struct {
-    const float *bias, *scale; /* or 0 */
-    int add;
-} Finish;
 
 /* A tile of the result: `height` rows of 16 numbers, at `column` of the rows `out`.
  * The left factor is `height` rows, from `first` on, or packed, as `pack_left` makes it. */
@@ -145,8 +139,6 @@ TILES_IN_A_ROW(4) TILES_IN_A_ROW(5) TILES_IN_A_ROW(6)
 
 typedef void Row(int, const float *, const float *, float *const *, long, int, int);
 static Row *const ROW_OF_TILES[HEIGHT + 1] = {0, row1, row2, row3, row4, row5, row6};
-
-static int least(int one, int other) { return one < other ? one : other; }
 
 /* Where a row lies: after the one before, or as the index says. */
 INLINE long place(const int64_t *index, long row) { return index ? index[row] : row; }
@@ -224,14 +216,6 @@ static void pack_left(int depth, int columns, const float *from, long stride,
         }
 }
 
-/* A matrix, or one of a stack: `next` after the one before. Rows lie `stride` apart, in the order
- * of the index, if there is one. */
-typedef struct {
-    float *at;
-    long next, stride;
-    const int64_t *index;
-} Matrix;
-
 /* The next 16 columns of a right factor: two in each of eight calls, or an eighth of the depth. */
 static Ahead next_columns(const float *here, long stride, int turned, int depth, int call)
 {
@@ -243,11 +227,57 @@ static Ahead next_columns(const float *here, long stride, int turned, int depth,
     return (Ahead){row, row + stride, 2 * stride};
 }
 
-/* out[rows, columns] = left[rows, depth] @ right, finished. The right factor lies as
- * [depth, columns], or if `turned` as [columns, depth]. `room`: DEPTH * WIDTH floats. */
-static void product(int rows, int columns, int depth, Matrix left, Matrix right, int turned,
-                    Matrix out, Finish finish, float *room)
+/* `product` of a few rows with columns whose numbers follow each other: a matrix is read once, as
+ * fast as memory gives it. A number is the sum of eight sums, each of every eighth step. */
+INLINE void few_rows(const int rows, int columns, int depth, Matrix left, Matrix right, Matrix out,
+                     Finish finish)
 {
+    const float *lefts[FEW];
+    for (int i = 0; i < rows; i++)
+        lefts[i] = left.at + place(left.index, i) * left.stride;
+    for (int column = 0; column < columns; column += ABREAST) {
+        const int wide = least(ABREAST, columns - column);
+        const float *at[ABREAST];
+        for (int j = 0; j < ABREAST; j++) /* the last one again where there are fewer */
+            at[j] = right.at + (column + least(j, wide - 1)) * right.stride;
+        __m256 sums[FEW][ABREAST];
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < ABREAST; j++)
+                sums[i][j] = _mm256_setzero_ps();
+        for (int k = 0; k < depth; k += LANES) {
+            __m256 factors[FEW];
+            for (int i = 0; i < rows; i++)
+                factors[i] = read(lefts[i] + k, depth - k);
+            for (int j = 0; j < ABREAST; j++) {
+                __builtin_prefetch(at[j] + ABREAST * right.stride + k, 0, 2);
+                const __m256 number = read(at[j] + k, depth - k);
+                for (int i = 0; i < rows; i++)
+                    MULTIPLY_ADD(sums[i][j], factors[i], number);
+            }
+        }
+        for (int i = 0; i < rows; i++) {
+            float *to = out.at + place(out.index, i) * out.stride + column;
+            for (int j = 0; j < wide; j++) {
+                float made = total(sums[i][j]);
+                made = finish.bias ? made + finish.bias[column + j] : made;
+                made = finish.scale ? made * finish.scale[i] : made;
+                to[j] = finish.add ? to[j] + made : made;
+            }
+        }
+    }
+}
+
+/* Needs DEPTH * WIDTH floats of the room. */
+void product(int rows, int columns, int depth, Matrix left, Matrix right, int turned, Matrix out,
+             Finish finish, float *room)
+{
+    if (turned && rows <= FEW) {
+        switch (rows) {
+        case 1: few_rows(1, columns, depth, left, right, out, finish); return;
+        case 2: few_rows(2, columns, depth, left, right, out, finish); return;
+        case 3: few_rows(3, columns, depth, left, right, out, finish); return;
+        }
+    }
     const float *lefts[ROWS];
     float *outs[ROWS], edge[HEIGHT * WIDTH], *edges[HEIGHT], edge_bias[WIDTH] = {0};
     for (int i = 0; i < HEIGHT; i++)
@@ -295,10 +325,8 @@ static void product(int rows, int columns, int depth, Matrix left, Matrix right,
     }
 }
 
-/* out[lefts, rights] = left.T @ right, of left[depth, lefts] and right[depth, rights]: sums over
- * what are rows elsewhere. `room`: STRIP + ROWS * SHORT floats. */
-static void sum(int lefts, int rights, int depth, Matrix left, Matrix right, Matrix out,
-                float *room)
+/* Needs STRIP + ROWS * SHORT floats of the room. */
+void sum(int lefts, int rights, int depth, Matrix left, Matrix right, Matrix out, float *room)
 {
     float *outs[HEIGHT], edge[HEIGHT * WIDTH], *edges[HEIGHT], *packed = room + STRIP;
     for (int i = 0; i < HEIGHT; i++)
@@ -343,11 +371,11 @@ static void to_next(Matrix *matrix, int rows)
         matrix->index += rows;
 }
 
-long moefold_room(void) { return STRIP + ROWS * SHORT; }
+EXPORT long moefold_room(void) { return STRIP + ROWS * SHORT; }
 
 /* `product` for each of a stack of experts. A matrix is given as: start, stride between experts,
  * stride between rows, index of its rows. */
-void moefold_products(int experts, int rows, int columns, int depth,
+EXPORT void moefold_products(int experts, int rows, int columns, int depth,
                       float *left_at, long left_next, long left_stride, const int64_t *left_index,
                       float *right_at, long right_next, long right_stride, int turned,
                       float *out_at, long out_next, long out_stride, const int64_t *out_index,
@@ -367,7 +395,7 @@ void moefold_products(int experts, int rows, int columns, int depth,
 }
 
 /* `sum` for each of a stack of experts. */
-void moefold_sums(int experts, int lefts, int rights, int depth,
+EXPORT void moefold_sums(int experts, int lefts, int rights, int depth,
                   float *left_at, long left_next, long left_stride, const int64_t *left_index,
                   float *right_at, long right_next, long right_stride, const int64_t *right_index,
                   float *out_at, long out_next, long out_stride, float *room)

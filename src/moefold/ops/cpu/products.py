@@ -15,29 +15,6 @@ from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
 
-FEWEST_ROWS, MOST_ROWS = 4, 320
-"""A matrix for a few rows is best not arranged at all; for very many, a library that arranges
-both factors is as fast (see benchmarks/products; a processor with 512 KiB of level-2 cache)."""
-
-SMALLEST = 1 << 14
-"""Numbers of a matrix from which on a call from Python pays."""
-
-
-def suits(rows: int) -> bool:
-    """Whether compiled code is to multiply so many rows of an expert by its matrices."""
-    return FEWEST_ROWS <= rows <= MOST_ROWS
-
-
-def can_multiply(like: Tensor, *stacks: Tensor) -> bool:
-    """Whether compiled code can multiply rows of this dtype by these stacks of matrices."""
-    return (
-        like.dtype == torch.float32
-        and like.device.type == "cpu"
-        and all(stack.shape[1] * stack.shape[2] >= SMALLEST for stack in stacks)
-        and all(1 in stack.stride()[-2:] for stack in stacks)
-        and _functions() is not None
-    )
-
 
 def make_room() -> Tensor | None:
     """Memory for one thread's `product` and `sums`; None where there is no compiled code."""

@@ -1,0 +1,216 @@
+/* Experts from tokens to tokens, forward and backward, one expert after another; slow twin: the
+ * operations of torch in `fused_ops.py`, where the formulas are.
+ *
+ * An expert's hidden rows stay in cache between one product and the next. Rows are read at their
+ * tokens and added to their tokens; none is gathered.
+ */
+
+#include "experts.h"
+#include <string.h>
+
+/* A matrix of every expert: `next` after the one before, its rows `row` and its columns `column`
+ * apart; one of both is 1. */
+typedef struct {
+    const float *at;
+    long next, row, column;
+} Stack;
+
+/* All experts and their rows, sorted by expert. Pointers are 0 for what is not there or not asked
+ * for. `pre` and `value` hold `[rows, width]`; biases and gradients lie without gaps. `dim` numbers
+ * in a token, `made` in a result. */
+typedef struct {
+    int dim, width, made, gated, activation;
+    const int64_t *counts, *starts; /* of the rows of each expert */
+    const int64_t *tokens;          /* of the rows */
+    const float *weights;           /* of the rows */
+    const float *x, *grad, *up_bias, *down_bias;
+    float *pre, *value, *of_weights, *of_up, *of_down, *of_up_bias, *of_down_bias;
+    long x_stride, grad_stride;
+    Stack up, down;
+} Experts;
+
+/* What one thread computes: some experts. */
+typedef struct {
+    const int *experts;
+    int count;
+    float *sums; /* results by token, or gradients of x */
+    float *room; /* moefold_room_for(...) floats, aligned to 32 bytes */
+} Share;
+
+/* Rows of memory of our own lie further apart than their numbers ask for: at multiples of 4 KiB
+ * they would push each other out of cache. */
+static long apart(int width) { return (width + 15) / 16 * 16 + 16; }
+
+/* Floats for experts of so many rows at most: pre, value and hidden, or hidden, its gradient and
+ * that of the first product. */
+EXPORT long moefold_room_for(int rows, int width, int gated)
+{
+    return moefold_room() + rows * (2 + (gated ? 2 : 1)) * apart(width);
+}
+
+/* A factor to the right of rows: half a stack's matrix (columns from `first` on), or turned over. */
+typedef struct {
+    Matrix matrix;
+    int turned;
+} Factor;
+
+static Factor transposed(Stack stack, int expert, long first)
+{
+    const int turned = stack.column == 1;
+    const float *at = stack.at + expert * stack.next + first * stack.row;
+    return (Factor){{(float *)at, 0, turned ? stack.row : stack.column, 0}, turned};
+}
+
+static Factor as_it_is(Stack stack, int expert)
+{
+    const int turned = stack.column != 1;
+    const float *at = stack.at + expert * stack.next;
+    return (Factor){{(float *)at, 0, turned ? stack.column : stack.row, 0}, turned};
+}
+
+static void multiply(int rows, int columns, int depth, Matrix left, Factor right, Matrix out,
+                     Finish finish, float *room)
+{
+    product(rows, columns, depth, left, right.matrix, right.turned, out, finish, room);
+}
+
+static const float *of_expert(const float *biases, int expert, int width)
+{
+    return biases ? biases + (long)expert * width : 0;
+}
+
+static void forward(const Experts *given, int expert, float *sums, float *room)
+{
+    const int rows = (int)given->counts[expert], width = given->width;
+    const long start = given->starts[expert], stride = apart(width);
+    const int64_t *tokens = given->tokens + start;
+    float *hidden = room + moefold_room(), *free = hidden + rows * stride;
+    float *pre = given->pre ? given->pre + start * width : free;
+    float *value = given->value ? given->value + start * width : free + rows * stride;
+    const Matrix x = {(float *)given->x, 0, given->x_stride, tokens};
+    const float *bias = of_expert(given->up_bias, expert, given->gated ? 2 * width : width);
+    multiply(rows, width, given->dim, x, transposed(given->up, expert, 0),
+             (Matrix){pre, 0, width, 0}, (Finish){bias, 0, 0}, room);
+    if (given->gated)
+        multiply(rows, width, given->dim, x, transposed(given->up, expert, width),
+                 (Matrix){value, 0, width, 0}, (Finish){bias ? bias + width : 0, 0, 0}, room);
+    moefold_activate(&(Hidden){.kind = given->activation, .rows = rows, .width = width,
+                               .pre = pre, .value = given->gated ? value : 0, .stride = stride,
+                               .hidden = hidden});
+    multiply(rows, given->made, width, (Matrix){hidden, 0, stride, 0},
+             transposed(given->down, expert, 0), (Matrix){sums, 0, given->made, tokens},
+             (Finish){of_expert(given->down_bias, expert, given->made),
+                      given->weights ? given->weights + start : 0, 1}, room);
+}
+
+/* Sums over rows, each times its weight. */
+static void sum_rows(int rows, int columns, Matrix from, const float *weights, float *out)
+{
+    for (int i = 0; i < columns; i++)
+        out[i] = 0;
+    for (int row = 0; row < rows; row++) {
+        const float *at = from.at + (from.index ? from.index[row] : row) * from.stride;
+        const float weight = weights ? weights[row] : 1;
+        for (int i = 0; i < columns; i++)
+            out[i] += weight * at[i];
+    }
+}
+
+/* Of the weights of the rows, what comes by way of the bias of the second product. */
+static void add_along(int rows, int columns, Matrix grad, const float *bias, float *of_weights)
+{
+    for (int row = 0; row < rows; row++) {
+        const float *at = grad.at + grad.index[row] * grad.stride;
+        double sum = 0;
+        for (int i = 0; i < columns; i++)
+            sum += (double)at[i] * bias[i];
+        of_weights[row] += (float)sum;
+    }
+}
+
+static float *part(float *whole, long numbers, long which)
+{
+    return whole ? whole + numbers * which : 0;
+}
+
+static void zero(float *numbers, long count)
+{
+    if (numbers)
+        memset(numbers, 0, count * sizeof *numbers);
+}
+
+static void backward(const Experts *given, int expert, float *sums, float *room)
+{
+    const int rows = (int)given->counts[expert], dim = given->dim, made = given->made;
+    const int width = given->width, first = given->gated ? 2 * width : width;
+    float *of_up = part(given->of_up, (long)first * dim, expert);
+    float *of_down = part(given->of_down, (long)made * width, expert);
+    float *of_up_bias = part(given->of_up_bias, first, expert);
+    float *of_down_bias = part(given->of_down_bias, made, expert);
+    if (!rows) {
+        zero(of_up, (long)first * dim);
+        zero(of_down, (long)made * width);
+        zero(of_up_bias, first);
+        zero(of_down_bias, made);
+        return;
+    }
+    const long start = given->starts[expert], stride = apart(width);
+    const long of_stride = given->gated ? 2 * stride : stride;
+    const int64_t *tokens = given->tokens + start;
+    const float *weights = given->weights ? given->weights + start : 0;
+    float *of_weights = part(given->of_weights, 1, start);
+    float *hidden = room + moefold_room(), *of_hidden = hidden + rows * stride;
+    float *of_first = of_hidden + rows * stride;
+    const Matrix grad = {(float *)given->grad, 0, given->grad_stride, tokens};
+    const Matrix x = {(float *)given->x, 0, given->x_stride, tokens};
+    const Matrix of_rows = {of_first, 0, of_stride, 0};
+    const int goes_on = sums || of_up || of_up_bias;
+    if (goes_on || of_weights)
+        multiply(rows, width, made, grad, as_it_is(given->down, expert),
+                 (Matrix){of_hidden, 0, stride, 0}, (Finish){0, 0, 0}, room);
+    moefold_differentiate(&(Hidden){
+        .kind = given->activation, .rows = rows, .width = width, .pre = given->pre + start * width,
+        .value = given->gated ? given->value + start * width : 0, .stride = stride,
+        .hidden = hidden, .weights = weights, .of_hidden = goes_on || of_weights ? of_hidden : 0,
+        .of_pre = goes_on ? of_first : 0,
+        .of_value = goes_on && given->gated ? of_first + width : 0,
+        .of_weights = of_weights, .of_stride = of_stride});
+    if (of_weights && given->down_bias)
+        add_along(rows, made, grad, of_expert(given->down_bias, expert, made), of_weights);
+    if (of_down_bias)
+        sum_rows(rows, made, grad, weights, of_down_bias);
+    if (of_down)
+        sum(made, width, rows, grad, (Matrix){hidden, 0, stride, 0},
+            (Matrix){of_down, 0, width, 0}, room);
+    if (of_up_bias)
+        sum_rows(rows, first, of_rows, 0, of_up_bias);
+    if (of_up)
+        sum(first, dim, rows, of_rows, x, (Matrix){of_up, 0, dim, 0}, room);
+    if (sums)
+        multiply(rows, dim, first, of_rows, as_it_is(given->up, expert),
+                 (Matrix){sums, 0, dim, tokens}, (Finish){0, 0, 1}, room);
+}
+
+/* What several threads do together. */
+typedef struct {
+    const Experts *given;
+    const Share *shares;
+    int count, backward;
+    int next; /* the first share that nobody took yet */
+} Work;
+
+/* To be called once by every thread: it does the next share until there is none. */
+EXPORT void moefold_work(Work *work)
+{
+    int mine;
+    while ((mine = __atomic_fetch_add(&work->next, 1, __ATOMIC_RELAXED)) < work->count) {
+        const Share share = work->shares[mine];
+        for (int i = 0; i < share.count; i++) {
+            const int expert = share.experts[i];
+            if (work->backward)
+                backward(work->given, expert, share.sums, share.room);
+            else if (work->given->counts[expert])
+                forward(work->given, expert, share.sums, share.room);
+        }
+    }
+}

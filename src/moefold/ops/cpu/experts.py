@@ -1,0 +1,344 @@
+"""Experts on their rows by compiled code, forward and backward.
+
+The slow twin is `experts.backends.fused_torch`; the formulas are in `experts.backends.fused_ops`.
+
+Shapes: `tokens dim` in and `tokens made` out; experts of a hidden `width`; `rows` sorted by expert.
+All of it float32, and nothing but `x`, `grad`, `up` and `down` may have gaps.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moefold.ops.cpu.compiled import library
+from moefold.ops.cpu.team import run_compiled_together
+
+MOST_ROWS = 320
+"""With more rows, a library that arranges both factors of a product is as fast (see
+benchmarks/products; a processor with 512 KiB of level-2 cache)."""
+
+ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
+"""What the compiled code calls them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Experts:
+    """Experts and their rows; for the backward pass also where gradients go, if they are wanted.
+
+    Attributes:
+        counts: how many rows each expert has.
+        tokens: of the rows, int64; within bounds: nobody checks.
+        weights: of the rows; None for 1.
+        x: all tokens; the numbers of a token follow each other.
+        up: `[experts, width, dim]`, or twice the width if gated.
+        down: `[experts, made, width]`.
+        up_bias: `[experts, width]`, or twice the width.
+        down_bias: `[experts, made]`.
+        pre: `[rows, width]`, the gate's half of the first product: written forward, read backward.
+            None, forward alone: nobody needs it.
+        value: likewise the other half.
+        gated: whether there are two halves.
+        activation: of the first.
+        grad: of the results, as `x`.
+        of_weights: the gradient of the weights of the rows.
+        of_up: of `up`.
+        of_down: of `down`.
+        of_up_bias: of `up_bias`.
+        of_down_bias: of `down_bias`.
+    """
+
+    counts: Sequence[int]
+    tokens: Tensor
+    weights: Tensor | None
+    x: Tensor
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    pre: Tensor | None
+    value: Tensor | None
+    gated: bool
+    activation: str
+    grad: Tensor | None = None
+    of_weights: Tensor | None = None
+    of_up: Tensor | None = None
+    of_down: Tensor | None = None
+    of_up_bias: Tensor | None = None
+    of_down_bias: Tensor | None = None
+
+
+def can_compute(like: Tensor, *stacks: Tensor) -> bool:
+    """Whether compiled code can compute in this dtype with these stacks of matrices."""
+    return (
+        like.device.type == "cpu"
+        and all(tensor.dtype == torch.float32 for tensor in (like, *stacks))
+        and all(1 in stack.stride()[-2:] for stack in stacks)
+        and _functions() is not None
+    )
+
+
+def suits(rows: int) -> bool:
+    """Whether compiled code is to compute an expert with so many rows."""
+    return rows <= MOST_ROWS
+
+
+def readable(tokens: Tensor) -> Tensor:
+    """In float32, the numbers of a token one after another."""
+    tokens = tokens.to(torch.float32)
+    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+
+def forward(given: Experts, shares: Sequence[Sequence[int]], sums: Sequence[Tensor]) -> None:
+    """Add what experts make of their rows, each times its weight, to sums by token.
+
+    Args:
+        given: all experts.
+        shares: which of them each thread is to compute.
+        sums: `[tokens, made]` of each thread.
+
+    Raises:
+        ValueError: sizes that do not belong together.
+    """
+    _run(given, shares, sums, backward=False)
+
+
+def backward(
+    given: Experts, shares: Sequence[Sequence[int]], sums: Sequence[Tensor | None]
+) -> None:
+    """Write the gradients that there is memory for; zeros for experts without rows.
+
+    Args:
+        given: all experts.
+        shares: which of them each thread is to compute.
+        sums: `[tokens, dim]` of each thread, what gradients of tokens are added to; or None.
+
+    Raises:
+        ValueError: sizes that do not belong together.
+    """
+    _run(given, shares, sums, backward=True)
+
+
+def activate(activation: str, pre: Tensor, value: Tensor | None, hidden: Tensor) -> None:
+    """Write `act(pre) * value`, or `act(pre)`, of rows `[rows, width]`."""
+    rows, width = pre.shape
+    _known().activate(
+        _Hidden(
+            kind=ACTIVATIONS[activation],
+            rows=rows,
+            width=width,
+            pre=pre.data_ptr(),
+            value=_start(value),
+            stride=width,
+            hidden=hidden.data_ptr(),
+        )
+    )
+
+
+def differentiate(
+    activation: str,
+    pre: Tensor,
+    value: Tensor | None,
+    hidden: Tensor,
+    *,
+    weights: Tensor | None,
+    of_hidden: Tensor | None,
+    of_first: Tensor | None,
+    of_weights: Tensor | None,
+) -> None:
+    """Write what the backward pass needs of rows `[rows, width]`.
+
+    Args:
+        activation: of `pre`.
+        pre: the gate's half of the first product.
+        value: the other half, if gated.
+        hidden: where hidden rows are written, each times its weight.
+        weights: `[rows]`, None for 1.
+        of_hidden: the gradient at hidden rows of weight 1; None if nothing below is wanted.
+        of_first: where that of the first product goes, its halves side by side; `of_hidden` itself
+            if it is not gated.
+        of_weights: `[rows]`, where that of the weights goes.
+    """
+    rows, width = pre.shape
+    _known().differentiate(
+        _Hidden(
+            kind=ACTIVATIONS[activation],
+            rows=rows,
+            width=width,
+            pre=pre.data_ptr(),
+            value=_start(value),
+            stride=width,
+            hidden=hidden.data_ptr(),
+            weights=_start(weights),
+            of_hidden=_start(of_hidden),
+            of_pre=_start(of_first),
+            of_value=None if of_first is None or value is None else of_first[:, width:].data_ptr(),
+            of_weights=_start(of_weights),
+            of_stride=0 if of_first is None else of_first.stride(0),
+        )
+    )
+
+
+def _run(
+    given: Experts,
+    shares: Sequence[Sequence[int]],
+    sums: Sequence[Tensor | None],
+    *,
+    backward: bool,
+) -> None:
+    _check(given)
+    counts, width, functions = given.counts, given.down.shape[2], _known()
+    many = ctypes.c_int64 * len(counts)
+    described = _Experts(
+        dim=given.up.shape[2],
+        width=width,
+        made=given.down.shape[1],
+        gated=given.gated,
+        activation=ACTIVATIONS[given.activation],
+        counts=many(*counts),
+        starts=many(*accumulate(counts[:-1], initial=0)),
+        x_stride=given.x.stride(0),
+        grad_stride=0 if given.grad is None else given.grad.stride(0),
+        up=_Stack(given.up.data_ptr(), *given.up.stride()),
+        down=_Stack(given.down.data_ptr(), *given.down.stride()),
+        **{name: _start(getattr(given, name)) for name in _TENSORS},
+    )
+    largest = [max((counts[i] for i in share), default=0) for share in shares]
+    rooms = [
+        torch.empty(functions.room_for(rows, width, given.gated), dtype=torch.float32, device="cpu")
+        for rows in largest
+    ]
+    parts = zip(shares, sums, rooms, strict=True)
+    work = _Work(
+        given=ctypes.pointer(described),
+        shares=(_Share * len(shares))(
+            *(
+                _Share((ctypes.c_int * len(own))(*own), len(own), _start(sum_), room.data_ptr())
+                for own, sum_, room in parts
+            )
+        ),
+        count=len(shares),
+        backward=backward,
+        next=0,
+    )
+    run_compiled_together(functions.work, ctypes.byref(work), len(shares))
+
+
+def _check(given: Experts) -> None:
+    """Compiled code sees no shapes, and would read beyond the end.
+
+    Raises:
+        ValueError: sizes that do not belong together.
+    """
+    experts, made, width = given.down.shape
+    rows, dim, first = sum(given.counts), given.up.shape[-1], (1 + given.gated) * width
+    if len(given.counts) != experts:
+        raise ValueError(f"there are {len(given.counts)} counts for {experts} experts")
+    least = {
+        "x": (0, dim),
+        "up": (experts, first, dim),
+        "up_bias": (experts, first),
+        "down_bias": (experts, made),
+        "tokens": (rows,),
+        "weights": (rows,),
+        "pre": (rows, width),
+        "value": (rows, width),
+        "grad": (given.x.shape[0], made),
+    }
+    for name, (size, *rest) in least.items():
+        tensor = getattr(given, name)
+        if tensor is not None and (tensor.shape[0] < size or list(tensor.shape[1:]) != rest):
+            raise ValueError(
+                f"{name} is {list(tensor.shape)}, which does not belong to {rows} rows and experts "
+                f"of {dim} to {width} to {made}"
+            )
+
+
+def _start(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+class _Stack(ctypes.Structure):
+    _fields_ = (
+        ("at", ctypes.c_void_p),
+        ("next", ctypes.c_long),
+        ("row", ctypes.c_long),
+        ("column", ctypes.c_long),
+    )
+
+
+_TENSORS = (
+    *("tokens", "weights", "x", "grad", "up_bias", "down_bias", "pre", "value", "of_weights"),
+    *("of_up", "of_down", "of_up_bias", "of_down_bias"),
+)
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_int) for n in ("dim", "width", "made", "gated", "activation")),
+        *((n, ctypes.POINTER(ctypes.c_int64)) for n in ("counts", "starts")),
+        *((n, ctypes.c_void_p) for n in _TENSORS),
+        *((n, ctypes.c_long) for n in ("x_stride", "grad_stride")),
+        *((n, _Stack) for n in ("up", "down")),
+    )
+
+
+class _Share(ctypes.Structure):
+    _fields_ = (
+        ("experts", ctypes.POINTER(ctypes.c_int)),
+        ("count", ctypes.c_int),
+        ("sums", ctypes.c_void_p),
+        ("room", ctypes.c_void_p),
+    )
+
+
+class _Work(ctypes.Structure):
+    _fields_ = (
+        ("given", ctypes.POINTER(_Experts)),
+        ("shares", ctypes.POINTER(_Share)),
+        *((n, ctypes.c_int) for n in ("count", "backward", "next")),
+    )
+
+
+class _Hidden(ctypes.Structure):
+    _fields_ = (
+        *((n, ctypes.c_int) for n in ("kind", "rows", "width")),
+        *((n, ctypes.c_void_p) for n in ("pre", "value")),
+        ("stride", ctypes.c_long),
+        *((n, ctypes.c_void_p) for n in ("hidden", "weights", "of_hidden", "of_pre", "of_value")),
+        ("of_weights", ctypes.c_void_p),
+        ("of_stride", ctypes.c_long),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Functions:
+    work: Any
+    activate: Any
+    differentiate: Any
+    room_for: Any
+
+
+def _known() -> _Functions:
+    functions = _functions()
+    assert functions is not None, "nobody asked whether compiled code can compute this"
+    return functions
+
+
+@cache
+def _functions() -> _Functions | None:
+    found = library()
+    if isinstance(found, str):
+        return None
+    one = {"work": found.moefold_work, "room_for": found.moefold_room_for}
+    both = {"activate": found.moefold_activate, "differentiate": found.moefold_differentiate}
+    one["work"].argtypes, one["work"].restype = [ctypes.c_void_p], None
+    one["room_for"].argtypes, one["room_for"].restype = [ctypes.c_int] * 3, ctypes.c_long
+    for function in both.values():
+        function.argtypes, function.restype = [ctypes.POINTER(_Hidden)], None
+    return _Functions(**one, **both)

@@ -1,0 +1,263 @@
+"""Experts in compiled code: activations against float64, experts against autograd's gradients.
+
+Shapes: `tokens dim`; experts of a hidden `width`; `rows` sorted by expert.
+"""
+
+import math
+from dataclasses import replace
+from itertools import accumulate, product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from moefold.ops.cpu import experts
+from moefold.ops.cpu.experts import ACTIVATIONS, Experts
+from tests.ops.compiled_here import needs_compiled_code
+
+pytestmark = needs_compiled_code
+
+TWINS = {
+    "relu": torch.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+}
+EPS = 2.0**-24
+
+
+def slope(name: str, x: Tensor) -> Tensor:
+    x = x.detach().requires_grad_()
+    return torch.autograd.grad(TWINS[name](x).sum(), x)[0]
+
+
+def both(name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    """An activation and its derivative, of one row."""
+    row, value, again, first = x[None], torch.empty_like(x), torch.empty_like(x), torch.ones_like(x)
+    experts.activate(name, row, None, value[None])
+    experts.differentiate(
+        name, row, None, again[None], weights=None, of_hidden=first[None], of_first=first[None],
+        of_weights=None,
+    )  # fmt: skip
+    assert torch.equal(again, value) or x.isnan().any()
+    return value, first
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_as_near_as_float32_allows(name):
+    near_zero = torch.logspace(-30, 0, 2000)
+    x = torch.cat([torch.linspace(-12, 12, 100_001), near_zero, -near_zero])
+    value, derivative = both(name, x)
+    exact = x.double()
+    # The share that an activation lets through is a number below 1 from an exponential function
+    # (2 roundings of EPS), a sum, a quotient and a product with x: in the worst case 5, and 4 as
+    # their errors meet here. The derivative adds x times its own, 0.8 at most; where the argument
+    # of a sigmoid is a cubic, its roundings, times up to 4, come on top.
+    assert ((value - TWINS[name](exact)).abs() <= 4 * EPS * exact.abs()).all()
+    bound = (8 if name == "gelu_tanh" else 4) * EPS * (1 + 0.8 * exact.abs())
+    assert ((derivative - slope(name, exact)).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_at_the_ends(name):
+    x = torch.tensor([0.0, -0.0, 30.0, -30.0, 88.0, -88.0, 200.0, -200.0, 1e18, -1e18, math.inf])
+    value, derivative = both(name, x)
+    torch.testing.assert_close(value, TWINS[name](x))
+    torch.testing.assert_close(derivative[:-1], slope(name, x)[:-1])
+    x = torch.tensor([1.0, math.nan, -1.0])
+    value, derivative = both(name, x)
+    torch.testing.assert_close(value, TWINS[name](x), equal_nan=True)
+    torch.testing.assert_close(derivative, slope(name, x), equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_a_number_does_not_depend_on_its_place(name):
+    x = torch.randn(64)
+    value, derivative = both(name, x)
+    for start, end in ((0, 1), (3, 10), (5, 13), (60, 64)):
+        own, own_derivative = both(name, x[start:end].clone())
+        assert torch.equal(own, value[start:end])
+        assert torch.equal(own_derivative, derivative[start:end])
+
+
+def problem(counts, dim, width, made, *, gated, bias, weighted, turned=False, **kind) -> Experts:
+    """Random experts and rows, everything with gaps that may have them; spare rows and tokens."""
+    rows, tokens, first = sum(counts), max(counts) + 5, (2 if gated else 1) * width
+
+    def stack(out, into):
+        numbers = torch.randn(len(counts), out, into) / into**0.5
+        return numbers.mT.contiguous().mT if turned else numbers
+
+    return Experts(
+        counts=counts,
+        tokens=torch.randint(tokens, (rows + 2,)),
+        weights=torch.rand(rows + 2) if weighted else None,
+        x=torch.randn(tokens, dim + 3)[:, :dim],
+        up=stack(first, dim),
+        down=stack(made, width),
+        up_bias=torch.randn(len(counts), first) if bias else None,
+        down_bias=torch.randn(len(counts), made) if bias else None,
+        pre=torch.full((rows, width), math.nan),
+        value=torch.full((rows, width), math.nan) if gated else None,
+        gated=gated,
+        grad=torch.randn(tokens, made + 2)[:, :made],
+        **{"activation": "silu", **kind},
+    )
+
+
+def twin(given: Experts) -> dict[str, Tensor]:
+    """Results by token and all gradients, in float64 by autograd."""
+
+    def leaf(t: Tensor | None) -> Any:
+        return None if t is None else t.double().detach().requires_grad_()
+
+    names = ("x", "weights", "up", "down", "up_bias", "down_bias")
+    x, weights, up, down, up_bias, down_bias = leaves = [leaf(getattr(given, n)) for n in names]
+    sums = x.new_zeros(x.shape[0], down.shape[1])
+    for i, start in enumerate(accumulate(given.counts[:-1], initial=0)):
+        own = slice(start, start + given.counts[i])
+        tokens = given.tokens[own]
+        first = x[tokens] @ up[i].T + (0 if up_bias is None else up_bias[i])
+        hidden = TWINS[given.activation](first[:, : down.shape[2]])
+        hidden = hidden * first[:, down.shape[2] :] if given.gated else hidden
+        out = hidden @ down[i].T + (0 if down_bias is None else down_bias[i])
+        out = out if weights is None else out * weights[own, None]
+        sums = sums.index_add(0, tokens, out)
+    assert given.grad is not None
+    inputs = [t for t in leaves if t is not None]
+    grads = torch.autograd.grad(sums, inputs, given.grad.double())
+    there = [n for n, t in zip(names, leaves, strict=True) if t is not None]
+    found = dict(zip(there, grads, strict=True))
+    return {"result": sums.detach(), **found}
+
+
+def compiled(given: Experts, shares, wanted=("x", "weights", "up", "down", "up_bias", "down_bias")):
+    """The same by compiled code; memory for what is not wanted is not there."""
+
+    def like(name):
+        tensor = getattr(given, name)
+        if tensor is None or name not in wanted:
+            return None
+        return torch.full(tensor.shape, 0.0 if name == "weights" else math.nan)
+
+    sums = [torch.zeros(given.x.shape[0], given.down.shape[1]) for _ in shares]
+    experts.forward(given, shares, sums)
+    for_x = "x" in wanted
+    of_x: list[Any] = [torch.zeros(given.x.shape) if for_x else None for _ in shares]
+    made: dict[str, Any] = {
+        name: like(name) for name in ("weights", "up", "down", "up_bias", "down_bias")
+    }
+    experts.backward(replace(given, **{f"of_{n}": t for n, t in made.items()}), shares, of_x)
+    made["x"] = sum(of_x) if for_x else None
+    return {"result": sum(sums), **{n: t for n, t in made.items() if t is not None}}
+
+
+def assert_agree(got: dict[str, Tensor], want: dict[str, Tensor], terms: int) -> None:
+    """Equal but for rounding.
+
+    Errors of sums of `terms` products, up to three of them behind each other, add up like a random
+    walk; nothing goes beyond 8 of its deviations.
+    """
+    assert got.keys() == want.keys()
+    for name, exact in want.items():
+        error = (got[name] - exact).abs().max()
+        assert error <= 8 * EPS * terms**0.5 * exact.abs().max(), name
+
+
+SHAPES = (
+    # Around the kernels' 3, 6 and 96 rows, 8 and 16 columns, 16 steps.
+    ((1, 0, 2, 3), 17, 9, 5),
+    ((7, 0, 4, 97), 33, 24, 40),
+    ((100,), 8, 1, 1),
+    ((6, 5), 1, 16, 3),
+)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(("counts", "dim", "width", "made"), SHAPES)
+def test_values_and_gradients(counts, dim, width, made, gated, bias):
+    for weighted, turned in product((False, True), (False, True)):
+        given = problem(
+            counts, dim, width, made, gated=gated, bias=bias, weighted=weighted, turned=turned
+        )
+        want = twin(given)
+        for shares in ([range(len(counts))], [[i] for i in reversed(range(len(counts)))]):
+            got = compiled(given, shares)
+            assert_agree(got, want, terms=dim + 2 * width + made + max(counts))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_activation(activation):
+    for gated in (False, True):
+        given = problem(
+            (20, 0, 11), 24, 20, 12, gated=gated, bias=True, weighted=True, activation=activation
+        )
+        assert_agree(compiled(given, [[0, 1, 2]]), twin(given), terms=24 + 40 + 12 + 20)
+
+
+def test_only_what_is_wanted_is_computed():
+    given = problem((9, 0, 12), 20, 18, 10, gated=True, bias=True, weighted=True)
+    every = compiled(given, [[0, 1, 2]])
+    for wanted in ((), ("x",), ("weights",), ("up",), ("down",), ("up_bias",), ("down_bias",)):
+        got = compiled(given, [[0, 1, 2]], wanted)
+        assert set(got) == {"result", *wanted}
+        for name in wanted:
+            assert torch.equal(got[name], every[name]), name
+
+
+def test_nobody_writes_where_nothing_was_asked_for(monkeypatch):
+    # Memory of a thread is poisoned, and so is what lies behind it.
+    rooms, empty = [], torch.empty
+
+    def poisoned(size, **kind):
+        longer = torch.full((size + 64,), math.nan, **kind)
+        longer[size:] = 7.0
+        rooms.append(longer[size:])
+        return longer[:size]
+
+    given = problem((9, 0, 97, 2), 33, 18, 10, gated=True, bias=True, weighted=True)
+    monkeypatch.setattr(experts.torch, "empty", poisoned)
+    try:
+        got = compiled(given, [[0, 2], [1, 3]])
+        inference = [torch.zeros(given.x.shape[0], 10)]
+        experts.forward(replace(given, pre=None, value=None), [range(4)], inference)
+    finally:
+        monkeypatch.setattr(experts.torch, "empty", empty)
+    assert len(rooms) == 5
+    assert all((behind == 7.0).all() for behind in rooms)
+    for name, tensor in got.items():
+        assert tensor.isfinite().all(), name
+    torch.testing.assert_close(inference[0], got["result"])
+
+
+@pytest.mark.parametrize(
+    "name", ["x", "up", "up_bias", "down_bias", "tokens", "weights", "pre", "value", "grad"]
+)
+def test_sizes_that_do_not_belong_together_are_refused(name):
+    given = problem((9, 0, 12), 20, 18, 10, gated=True, bias=True, weighted=True)
+    tensor = getattr(given, name)
+    short = tensor[:20] if tensor.ndim == 1 else tensor[:, :5]
+    wrong = replace(given, **{name: short})
+    sums: list[Any] = [None]
+    with pytest.raises(ValueError, match=f"^{name} is .* 21 rows and experts of"):
+        experts.backward(wrong, [[0, 1, 2]], sums)
+
+
+def test_counts_that_do_not_belong_to_the_experts_are_refused():
+    given = problem((9, 0, 12), 20, 18, 10, gated=True, bias=True, weighted=True)
+    with pytest.raises(ValueError, match="2 counts for 3 experts"):
+        experts.forward(replace(given, counts=(9, 12)), [[0, 1]], [torch.zeros(17, 10)])
+
+
+def test_what_cannot_be_computed(monkeypatch):
+    like, stack = torch.empty(0), torch.empty(2, 12, 8)
+    assert experts.can_compute(like, stack, stack.mT)
+    assert not experts.can_compute(like.double(), stack)
+    assert not experts.can_compute(like.to("meta"), stack)
+    assert not experts.can_compute(like, stack, stack.bfloat16())
+    assert not experts.can_compute(like, stack[..., ::2].repeat(1, 2, 1)[..., ::2])
+    monkeypatch.setattr(experts, "_functions", lambda: None)
+    assert not experts.can_compute(like, stack)
