@@ -42,7 +42,7 @@ def script(folder: Path, text: str) -> str:
 
 def test_a_switch_forbids_it(monkeypatch):
     monkeypatch.setenv(SWITCH, "0")
-    assert reason() == "MOEFOLD_COMPILE_PRODUCTS=0 forbids it"
+    assert reason() == "MOEFOLD_COMPILE_EXPERTS=0 forbids it"
 
 
 def test_other_processors_are_named(monkeypatch):

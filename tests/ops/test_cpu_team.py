@@ -1,9 +1,11 @@
 """Work in several threads: torch's own, or ours where those are out of reach."""
 
+import gc
 import os
 import signal
 import sys
 import threading
+import weakref
 
 import pytest
 import torch
@@ -68,6 +70,26 @@ def test_a_failure_is_raised_when_all_have_returned(threads):
     assert done == [True]
     run_together(lambda: done.append(True), 2)  # and they can be called again
     assert len(done) == 3
+
+
+def test_what_it_ran_is_not_kept(threads):
+    # Gradients that somebody else still holds would be copied, instead of taken, by autograd.
+    class Held:
+        pass
+
+    gc.disable()
+    try:
+        held = Held()
+        alive = weakref.ref(held)
+
+        def work(own=held):
+            assert own
+
+        run_together(work, 2)
+        del held, work
+        assert alive() is None
+    finally:
+        gc.enable()
 
 
 def test_one_thread_is_the_calling_one(threads):

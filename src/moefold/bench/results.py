@@ -51,7 +51,7 @@ def surroundings(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "waiting": {name: os.environ[name] for name in _WAITING if name in os.environ},
         "memory": {name: os.environ[name] for name in _MEMORY if name in os.environ},
-        "compiled products": "no: " + compiled if isinstance(compiled, str) else "yes",
+        "compiled experts": "no: " + compiled if isinstance(compiled, str) else "yes",
         "device": device,
         "load_before": load(),
     }

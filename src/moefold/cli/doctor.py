@@ -104,7 +104,7 @@ def _devices() -> Iterator[str]:
     yield f"  {'cpu':<22} {platform.machine()}, {cores} cores, {torch.get_num_threads()} threads"
     found = library()
     verdict = f"cannot be used: {found}" if isinstance(found, str) else "can be used"
-    yield f"  {'compiled products':<22} {verdict}"
+    yield f"  {'compiled experts':<22} {verdict}"
     for index in range(torch.cuda.device_count()):
         facts = torch.cuda.get_device_properties(index)
         yield f"  {f'cuda:{index}':<22} {facts.name}, {facts.total_memory / 2**30:.0f} GiB"

@@ -268,6 +268,8 @@ def float32_or_better(tensor: Tensor) -> Tensor:
 
     Rounding scores to half precision before a choice changes which experts are chosen.
     """
+    if tensor.dtype == torch.float32:
+        return tensor
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 

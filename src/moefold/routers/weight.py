@@ -60,7 +60,7 @@ class Weight:
             case "one":
                 weights = torch.ones_like(logits)
         if self.normalize != "no":
-            counted = weights.masked_fill(~chosen, 0.0) if self.normalize == "chosen" else weights
+            counted = torch.where(chosen, weights, 0.0) if self.normalize == "chosen" else weights
             total = counted.sum(-1, keepdim=True)
-            weights = weights / torch.where(total > 0, total, torch.ones_like(total))
+            weights = weights / torch.where(total > 0, total, 1.0)
         return weights if self.scale == 1.0 else weights * self.scale

@@ -17,8 +17,8 @@ With g the gradient at the tokens of the rows and d = g @ down, the gradients ar
 and those of the parameters g.T @ (w * hidden) and [grad_pre, grad_value].T @ x.
 
 An expert's hidden rows and its results stay in cache from the first product to the sum: nothing of
-the size of all rows is made but `pre` and `value`. Compiled code does that for experts with some
-hundred rows or less (`ops.cpu.experts`), and torch's operations for all others (`fused_torch`).
+the size of all rows is made but `pre` and `value`. Compiled code does that for experts with up to a
+thousand rows (`ops.cpu.experts`), and torch's operations for all others (`fused_torch`).
 """
 
 from collections.abc import Callable, Sequence
@@ -87,7 +87,11 @@ def mixture(
     width, dim, rows = down.shape[2], down.shape[1], token_of_row.shape[0]
     like, counts = x.new_empty(0, dtype=work_dtype(dtype)), _counts(rows_per_expert, rows)
     kept_rows = room(rows, up.shape[0], like) if keep else 0
-    kept = like.new_empty(kept_rows, width), like.new_empty(kept_rows if gated else 0, width)
+    kept = tuple(
+        in_huge_pages(like.new_empty(size, width)) for size in (kept_rows, kept_rows * gated)
+    )
+    if not sum(counts):
+        return x.new_zeros(x.shape[0], dim, dtype=dtype), *(part.zero_() for part in kept)
     # Sums over the experts of a token are rounded once, at their end.
     sum_dtype = torch.promote_types(dtype, torch.float32)
     given = experts.Experts(
@@ -104,13 +108,14 @@ def mixture(
         gated=gated,
         activation=activation,
     )
-    workers, compiled = _plan(given, like, sum_dtype)
+    workers, can_compile = _plan(given, like, sum_dtype)
     sums = [x.new_zeros(x.shape[0], dim, dtype=sum_dtype) for _ in range(workers)]
-    if compiled and sum(counts):
-        shares = _share_out(compiled, counts, workers)
+    own = [i for i, count in enumerate(counts) if can_compile and experts.suits(count)]
+    if own:
+        shares = _share_out(own, counts, workers)
         experts.forward(replace(given, x=experts.readable(x)), shares, sums)
-    if len(compiled) < len(counts) and sum(counts):
-        fused_torch.forward(given, sums, like, compiled=bool(compiled))
+    if len(own) < len(counts):
+        fused_torch.forward(given, sums, like, compiled=can_compile)
     for part in kept:
         part[sum(padded(count, like) for count in counts if count) :].zero_()
     return total(sums).to(dtype), *kept
@@ -145,17 +150,14 @@ def _whole(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def _plan(
-    given: experts.Experts, like: Tensor, sum_dtype: torch.dtype
-) -> tuple[int, Sequence[int]]:
-    """How many threads compute, each of them alone, and which experts in compiled code."""
-    counts, compiled = given.counts, []
-    workers = workers_for(sum(counts), given.up, given.down)
+def _plan(given: experts.Experts, like: Tensor, sum_dtype: torch.dtype) -> tuple[int, bool]:
+    """How many threads compute, each of them alone, and whether compiled code may do it."""
+    workers = workers_for(sum(given.counts), given.up, given.down)
     told = (given.up, given.down, given.up_bias, given.down_bias, given.weights, given.of_weights)
     there = [tensor for tensor in told if tensor is not None]
-    if workers and sum_dtype == torch.float32 and experts.can_compute(like, *there):
-        compiled = [i for i, count in enumerate(counts) if experts.suits(count)]
-    return max(min(workers, sum(count > 0 for count in counts)), 1), compiled
+    can_compile = sum_dtype == torch.float32 and experts.can_compute(like, *there)
+    busy = sum(count > 0 for count in given.counts)
+    return max(min(workers, busy), 1), can_compile and workers > 0
 
 
 def _share_out(own: Sequence[int], counts: Sequence[int], workers: int) -> list[list[int]]:
@@ -182,8 +184,8 @@ def mixture_backward(
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of x, weights of rows, up, down and the biases; empty if not wanted."""
-    own = (x, weight_of_row, up, down, up_bias, down_bias)
-    of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = _gradients(own, wanted)
+    leaves = (x, weight_of_row, up, down, up_bias, down_bias)
+    of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = _gradients(leaves, wanted)
     for_x, for_weight, for_up, for_down, for_up_bias, for_down_bias = wanted
     counts = _counts(rows_per_expert, token_of_row.shape[0])
     given = experts.Experts(
@@ -207,18 +209,19 @@ def mixture_backward(
         of_down_bias=of_down_bias if for_down_bias else None,
     )
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    workers, compiled = _plan(given, pre, sum_dtype)
+    workers, can_compile = _plan(given, pre, sum_dtype)
     sums = [
         torch.zeros_like(of_x, dtype=sum_dtype) if i or x.dtype != sum_dtype else of_x.zero_()
         for i in range(workers)
     ]
-    if compiled:
-        shares = _share_out(compiled, counts, workers)
+    own = [i for i, count in enumerate(counts) if can_compile and experts.suits(count)]
+    if own:
+        shares = _share_out(own, counts, workers)
         readable = {"x": experts.readable(x), "grad": experts.readable(grad)}
         compiled_sums = sums if for_x else [None] * workers
         experts.backward(replace(given, **readable), shares, compiled_sums)
-    if len(compiled) < len(counts):
-        fused_torch.backward(given, sums, for_x=for_x, compiled=bool(compiled))
+    if len(own) < len(counts):
+        fused_torch.backward(given, sums, for_x=for_x, compiled=can_compile)
     of_x = total(sums).to(x.dtype)
     return of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
-SWITCH = "MOEFOLD_COMPILE_PRODUCTS"
+SWITCH = "MOEFOLD_COMPILE_EXPERTS"
 """Set to 0, this environment variable forbids to compile and to load anything."""
 
 FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-fPIC", "-shared", "-fvisibility=hidden")

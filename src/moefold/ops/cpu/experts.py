@@ -19,9 +19,9 @@ from torch import Tensor
 from moefold.ops.cpu.compiled import library
 from moefold.ops.cpu.team import run_compiled_together
 
-MOST_ROWS = 320
-"""With more rows, a library that arranges both factors of a product is as fast (see
-benchmarks/products; a processor with 512 KiB of level-2 cache)."""
+MOST_ROWS = 1024
+"""With more rows, a library that arranges both factors of a product makes up for the copies and the
+passes that it needs beside them (a processor with 512 KiB of level-2 cache)."""
 
 ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 """What the compiled code calls them."""

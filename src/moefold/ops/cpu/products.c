@@ -19,7 +19,8 @@ enum {
     HEIGHT = 6,      /* rows and columns that one pass over the depth makes, */
     WIDTH = 16,      /* with 12 of 16 registers */
     DEPTH = 768,     /* numbers of a column that are arranged at a time */
-    ROWS = 96,       /* rows of so many numbers that second-level cache keeps */
+    ROWS = 96,       /* rows of so many numbers that second-level cache keeps, */
+    MOST = 288,      /* and of shorter rows not more than these */
     SHORT = 256,     /* depth of a part of a sum over rows */
     STRIP = 1 << 17, /* numbers of its right factor that second-level cache keeps */
     FEW = 3,         /* rows for which a matrix is not arranged, */
@@ -278,12 +279,16 @@ void product(int rows, int columns, int depth, Matrix left, Matrix right, int tu
         case 3: few_rows(3, columns, depth, left, right, out, finish); return;
         }
     }
-    const float *lefts[ROWS];
-    float *outs[ROWS], edge[HEIGHT * WIDTH], *edges[HEIGHT], edge_bias[WIDTH] = {0};
+    /* As many rows at a time as cache keeps, in parts of like size. */
+    const int limit = least(MOST, ROWS * DEPTH / least(DEPTH, depth) / HEIGHT * HEIGHT);
+    const int parts = (rows + limit - 1) / limit;
+    const int each = ((rows + parts - 1) / parts + HEIGHT - 1) / HEIGHT * HEIGHT;
+    const float *lefts[MOST];
+    float *outs[MOST], edge[HEIGHT * WIDTH], *edges[HEIGHT], edge_bias[WIDTH] = {0};
     for (int i = 0; i < HEIGHT; i++)
         edges[i] = edge + i * WIDTH;
-    for (int row = 0; row < rows; row += ROWS) {
-        const int some = least(ROWS, rows - row);
+    for (int row = 0; row < rows; row += each) {
+        const int some = least(each, rows - row);
         for (int i = 0; i < some; i++) {
             lefts[i] = left.at + place(left.index, row + i) * left.stride;
             outs[i] = out.at + place(out.index, row + i) * out.stride;

@@ -61,7 +61,9 @@ def run_compiled_together(function: Any, given: Any, threads: int) -> None:
     if threads == 1:
         function(given)
     elif parallel is not None:
-        parallel(ctypes.cast(function, ctypes.c_void_p), given, threads, 0)
+        # As it is: ctypes.cast would make a cycle, and what a function of Python refers to, such as
+        # gradients, would live until the next collection.
+        parallel(function, given, threads, 0)
     else:
         pool = _pool(threads)
         wait([pool.submit(function, given) for _ in range(threads)])
