@@ -5,11 +5,14 @@ Shapes: `tokens dim` in and out.
 
 from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch.testing._internal.two_tensor import TwoTensor
 
-from moefold.experts.backends import fused_workers
+from moefold.experts import Experts
+from moefold.experts.backends import fused_blocks, fused_workers
 from moefold.experts.backends.fused import FusedBackend
 from moefold.ops.cpu import experts
 from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
@@ -49,7 +52,7 @@ def _poison_inside_operators():
     torch.set_num_threads(threads)
 
 
-# Not what compiled code has no part in.
+# Not what compiled code has no part in, and not what the compiler of graphs takes minutes for.
 CHECKS = {**BACKEND_CHECKS, **MIX_CHECKS}
 for name in ("float64", "bfloat16", "no rows", "compiles", "mixing: compiles"):
     del CHECKS[name]
@@ -77,18 +80,25 @@ def test_gradients_that_lie_otherwise(calls, gated):
     assert calls["backward"] > 0
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 1024], ids=["a block each", "one block"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("most", [0, 8, 9])
-def test_large_experts_are_left_to_torch(most, gated, calls, monkeypatch):
+def test_large_experts_are_left_to_torch(most, gated, rows, threads, calls, monkeypatch):
     # Of 9, 0, 30 and 1 rows none, the last or all but one stay with compiled code; what is done
     # number by number is compiled for all.
     given = mix_problem((9, 0, 30, 1), 40, 24, 20, gated=gated, bias=True).to(torch.float32)
     want = solve_mix(FusedBackend().mix, given)
     assert not calls["activate"]
     monkeypatch.setattr(experts, "MOST_ROWS", most)
+    monkeypatch.setattr(fused_blocks, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(fused_workers, "WORTH_IT", 0)
+    torch.set_num_threads(threads)
     for name, got in solve_mix(FusedBackend().mix, given).items():
         torch.testing.assert_close(got, want[name], msg=name)
-    assert calls["activate"] == calls["differentiate"] == 1  # in one block
+    large = sum(count > most for count in (9, 30, 1))
+    blocks = large if rows == 1 or threads > 1 else 1
+    assert calls["activate"] == calls["differentiate"] == blocks
 
 
 def test_low_precision_is_left_to_torch(calls):
@@ -121,10 +131,18 @@ def test_several_threads_compute_the_same(calls, monkeypatch):
     torch.set_num_threads(3)
     monkeypatch.setattr(fused_workers, "WORTH_IT", 0)
     calls.clear()
+    shares, really = [], experts._run
+    monkeypatch.setattr(
+        experts,
+        "_run",
+        lambda given, own, *rest, **kind: shares.append(own) or really(given, own, *rest, **kind),
+    )
     for name, got in solve_mix(FusedBackend().mix, given).items():
         # Sums of several threads are added in another order.
         torch.testing.assert_close(got, alone[name], msg=name)
-    assert calls["forward"] > 0
+    assert calls["forward"] == calls["backward"] == 1
+    # Forward and backward, every expert once; the one without rows is some work, too.
+    assert [[sorted(own) for own in one] for one in shares] == [[[5], [1, 2], [0, 3, 4]]] * 2
 
 
 def test_an_index_that_points_elsewhere_is_refused(calls):
@@ -135,6 +153,63 @@ def test_an_index_that_points_elsewhere_is_refused(calls):
         routing = replace(given.routing, token_of_row=tokens)
         with pytest.raises(ValueError, match=f"names token {wrong}, but there are 40"):
             FusedBackend().mix(given.x, routing, given.weights)
+
+
+def test_counts_below_zero_are_refused(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    with pytest.raises(ValueError, match="no expert can have fewer than 0 rows"):
+        FusedBackend().compute(given.x[:10], torch.tensor([-5, 0, 13]), given.weights)
+
+
+def test_what_autograd_kept_may_come_back_otherwise(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    want = solve_mix(FusedBackend().mix, given)
+
+    def other_layout(kept):
+        return kept.T.contiguous().T if kept.ndim == 2 else kept
+
+    with torch.autograd.graph.saved_tensors_hooks(other_layout, lambda kept: kept):
+        got = solve_mix(FusedBackend().mix, given)
+    for name, tensor in want.items():
+        assert torch.equal(got[name], tensor), name
+
+
+def test_a_gradient_of_another_kind_is_seen_by_the_dispatcher(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    y = FusedBackend().mix(given.x, given.routing, given.weights)
+    back = TwoTensor(torch.ones_like(y), torch.ones_like(y) * 2)
+    (got,) = torch.autograd.grad(y, given.x, back, retain_graph=True)
+    (one,) = torch.autograd.grad(y, given.x, torch.ones_like(y))
+    assert isinstance(got, TwoTensor)
+    assert torch.equal(got.a, one)
+    torch.testing.assert_close(got.b, 2 * one)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated")
+def test_a_traced_layer_computes(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    for leaf in given.leaves().values():
+        leaf.requires_grad_(False)
+
+    def mix(x):
+        return FusedBackend().mix(x, given.routing, given.weights)
+
+    x = given.x
+    traced: Any = torch.jit.trace(mix, (x,), check_trace=False)
+    assert torch.equal(traced(x), mix(x))
+
+
+def test_forward_mode_is_refused(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    x = given.x.detach()
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        torch.func.jvp(lambda x: FusedBackend().mix(x, given.routing, given.weights), (x,), (x,))
+
+
+def test_parameters_elsewhere_are_refused():
+    layer = Experts(3, 24, 20).to("meta")
+    with pytest.raises(ValueError, match="rows are on cpu, and experts on meta"):
+        layer(torch.randn(5, 24), torch.tensor([2, 0, 3]), "fused")
 
 
 def test_a_short_index_and_strided_biases_are_read_right(calls):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moefold.ops.cpu import experts
-from moefold.ops.cpu.experts import ACTIVATIONS, Experts
+from moefold.ops.cpu.experts import ACTIVATIONS, ExpertRows
 from tests.ops.compiled_here import needs_compiled_code
 
 pytestmark = needs_compiled_code
@@ -82,7 +82,7 @@ def test_a_number_does_not_depend_on_its_place(name):
         assert torch.equal(own_derivative, derivative[start:end])
 
 
-def problem(counts, dim, width, made, *, gated, bias, weighted, turned=False, **kind) -> Experts:
+def problem(counts, dim, width, made, *, gated, bias, weighted, turned=False, **kind) -> ExpertRows:
     """Random experts and rows, everything with gaps that may have them; spare rows and tokens."""
     rows, tokens, first = sum(counts), max(counts) + 5, (2 if gated else 1) * width
 
@@ -90,7 +90,7 @@ def problem(counts, dim, width, made, *, gated, bias, weighted, turned=False, **
         numbers = torch.randn(len(counts), out, into) / into**0.5
         return numbers.mT.contiguous().mT if turned else numbers
 
-    return Experts(
+    return ExpertRows(
         counts=counts,
         tokens=torch.randint(tokens, (rows + 2,)),
         weights=torch.rand(rows + 2) if weighted else None,
@@ -107,7 +107,7 @@ def problem(counts, dim, width, made, *, gated, bias, weighted, turned=False, **
     )
 
 
-def twin(given: Experts) -> dict[str, Tensor]:
+def twin(given: ExpertRows) -> dict[str, Tensor]:
     """Results by token and all gradients, in float64 by autograd."""
 
     def leaf(t: Tensor | None) -> Any:
@@ -133,7 +133,9 @@ def twin(given: Experts) -> dict[str, Tensor]:
     return {"result": sums.detach(), **found}
 
 
-def compiled(given: Experts, shares, wanted=("x", "weights", "up", "down", "up_bias", "down_bias")):
+def compiled(
+    given: ExpertRows, shares, wanted=("x", "weights", "up", "down", "up_bias", "down_bias")
+):
     """The same by compiled code; memory for what is not wanted is not there."""
 
     def like(name):
@@ -248,8 +250,28 @@ def test_sizes_that_do_not_belong_together_are_refused(name):
 
 def test_counts_that_do_not_belong_to_the_experts_are_refused():
     given = problem((9, 0, 12), 20, 18, 10, gated=True, bias=True, weighted=True)
-    with pytest.raises(ValueError, match="2 counts for 3 experts"):
-        experts.forward(replace(given, counts=(9, 12)), [[0, 1]], [torch.zeros(17, 10)])
+    for counts in ((9, 12), (9, -1, 12)):
+        with pytest.raises(ValueError, match=r"3 experts cannot have .* rows"):
+            experts.forward(replace(given, counts=counts), [[0, 1]], [torch.zeros(17, 10)])
+
+
+def test_memory_that_is_not_as_it_was_promised_is_refused():
+    given = problem((9, 0, 12), 20, 18, 10, gated=True, bias=True, weighted=True)
+    assert given.pre is not None and given.up_bias is not None  # noqa: PT018
+    freed = torch.zeros(3, 36)
+    freed.untyped_storage().resize_(0)
+    wrong = {
+        "pre": given.pre.T.contiguous().T,
+        "value": given.pre.double(),
+        "up_bias": given.up_bias.to("meta"),
+        "tokens": given.tokens.int(),
+        "up": given.up.half(),
+        "of_up_bias": freed,
+    }
+    for name, tensor in wrong.items():
+        sums: list[Any] = [None]
+        with pytest.raises(ValueError, match=f"^{name} is torch"):
+            experts.backward(replace(given, **{name: tensor}), [[0, 1, 2]], sums)
 
 
 def test_what_cannot_be_computed(monkeypatch):
@@ -258,6 +280,8 @@ def test_what_cannot_be_computed(monkeypatch):
     assert not experts.can_compute(like.double(), stack)
     assert not experts.can_compute(like.to("meta"), stack)
     assert not experts.can_compute(like, stack, stack.bfloat16())
+    assert not experts.can_compute(like, stack, stack.to("meta"))
+    assert not experts.can_compute(like, stack[:, :0])
     assert not experts.can_compute(like, stack[..., ::2].repeat(1, 2, 1)[..., ::2])
     monkeypatch.setattr(experts, "_functions", lambda: None)
     assert not experts.can_compute(like, stack)

@@ -1,17 +1,22 @@
 """Work in several threads: torch's own, or ours where those are out of reach."""
 
+import ctypes
 import gc
 import os
 import signal
 import sys
 import threading
+import time
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
 
 from moefold.ops.cpu import team
 from moefold.ops.cpu.team import run_together
+
+TORCH = Path(torch.__file__).parent / "lib"
 
 
 @pytest.fixture(params=["torch's threads", "our threads"])
@@ -44,17 +49,20 @@ def test_every_thread_comes_once_and_at_the_same_time(threads):
 
 
 def test_torch_does_not_divide_an_operation_within(threads):
+    # As OpenMP says within its own region; a pool's threads are told how many they are.
     before, found = torch.get_num_threads(), []
-    left = torch.randn(300, 300)
-    want = left @ left
-
-    def work():
-        found.append(left @ left)
-
-    run_together(work, 2)
-    for got in found:
-        torch.testing.assert_close(got, want)
-    assert torch.get_num_threads() == before
+    torch.set_num_threads(2)
+    try:
+        if threads == "our threads":
+            run_together(lambda: found.append(torch.get_num_threads() == 1), 2)
+        else:
+            within = ctypes.CDLL(str(next(TORCH.glob("libtorch_cpu.*")))).omp_in_parallel
+            run_together(lambda: found.append(within() == 1), 2)
+            assert within() == 0
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert found == [True, True]
 
 
 def test_a_failure_is_raised_when_all_have_returned(threads):
@@ -105,9 +113,11 @@ def test_it_works_in_a_child(threads):
     child = os.fork()
     if child == 0:  # as a worker of a data loader; it would wait for ever for threads it has not
         signal.alarm(20)
-        run_together(lambda: done.append(True), 2)
-        run_together(lambda: done.append(True), 2)
-        os._exit(len(done))
+        try:
+            run_together(lambda: done.append(True), 2)
+            run_together(lambda: done.append(True), 2)
+        finally:
+            os._exit(len(done))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 6
 
 
@@ -124,3 +134,34 @@ def test_several_threads_of_the_caller_do_not_disturb_each_other(threads):
     for caller in callers:
         caller.join(60)
     assert len(done) == 120
+
+
+def test_where_no_thread_can_be_started_the_caller_does_it(monkeypatch):
+    def at_the_end(threads):
+        raise RuntimeError("cannot schedule new futures after interpreter shutdown")
+
+    monkeypatch.setattr(team, "_parallel", lambda: None)
+    monkeypatch.setattr(team, "_pool", at_the_end)
+    came = []
+    run_together(lambda: came.append(threading.get_ident()), 2)
+    assert came == [threading.get_ident()]
+
+
+def test_an_interruption_waits_for_all(monkeypatch):
+    monkeypatch.setattr(team, "_parallel", lambda: None)
+    really, asked, done = team.wait, [], []
+
+    def interrupted(futures):
+        asked.append(True)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return really(futures)
+
+    def work():
+        time.sleep(0.2)
+        done.append(True)
+
+    monkeypatch.setattr(team, "wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_together(work, 2)
+    assert done == [True, True]

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from moefold.experts.backends import fused_torch
@@ -83,18 +84,22 @@ def mixture(
         activation: a name of `fused_hidden.WRITTEN`.
         dtype: of the result; every input is cast block by block to what it is computed in.
         keep: whether there will be a backward pass.
+
+    Raises:
+        ValueError: counts below 0 or beyond the rows; a token that is not there.
     """
     width, dim, rows = down.shape[2], down.shape[1], token_of_row.shape[0]
     like, counts = x.new_empty(0, dtype=work_dtype(dtype)), _counts(rows_per_expert, rows)
     kept_rows = room(rows, up.shape[0], like) if keep else 0
-    kept = tuple(
-        in_huge_pages(like.new_empty(size, width)) for size in (kept_rows, kept_rows * gated)
+    kept = (
+        in_huge_pages(like.new_empty(kept_rows, width)),
+        in_huge_pages(like.new_empty(kept_rows if gated else 0, width)),
     )
     if not sum(counts):
-        return x.new_zeros(x.shape[0], dim, dtype=dtype), *(part.zero_() for part in kept)
+        return x.new_zeros(x.shape[0], dim, dtype=dtype), kept[0].zero_(), kept[1].zero_()
     # Sums over the experts of a token are rounded once, at their end.
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    given = experts.Experts(
+    given = experts.ExpertRows(
         counts=counts,
         tokens=_tokens(token_of_row, counts, x.shape[0]),
         weights=None if weight_of_row is None else weight_of_row.to(sum_dtype).contiguous(),
@@ -123,6 +128,8 @@ def mixture(
 
 def _counts(rows_per_expert: Tensor, rows: int) -> list[int]:
     counts = rows_per_expert.tolist()
+    if min(counts) < 0:
+        raise ValueError(f"rows_per_expert is {counts}; no expert can have fewer than 0 rows")
     if sum(counts) > rows:
         raise ValueError(too_few_rows(sum(counts), rows))
     return counts
@@ -150,7 +157,7 @@ def _whole(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.contiguous()
 
 
-def _plan(given: experts.Experts, like: Tensor, sum_dtype: torch.dtype) -> tuple[int, bool]:
+def _plan(given: experts.ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> tuple[int, bool]:
     """How many threads compute, each of them alone, and whether compiled code may do it."""
     workers = workers_for(sum(given.counts), given.up, given.down)
     told = (given.up, given.down, given.up_bias, given.down_bias, given.weights, given.of_weights)
@@ -162,7 +169,7 @@ def _plan(given: experts.Experts, like: Tensor, sum_dtype: torch.dtype) -> tuple
 
 def _share_out(own: Sequence[int], counts: Sequence[int], workers: int) -> list[list[int]]:
     """Some experts by worker."""
-    shares = share_out([counts[i] for i in own], workers)
+    shares = share_out([max(counts[i], 1) for i in own], workers)  # zeros are some work, too
     return [[own[i] for i in share] for share in shares]
 
 
@@ -183,12 +190,16 @@ def mixture_backward(
     activation: str,
     wanted: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x, weights of rows, up, down and the biases; empty if not wanted."""
+    """Return the gradients of x, weights of rows, up, down and the biases; empty if not wanted.
+
+    Raises:
+        ValueError: as `mixture`.
+    """
     leaves = (x, weight_of_row, up, down, up_bias, down_bias)
     of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = _gradients(leaves, wanted)
     for_x, for_weight, for_up, for_down, for_up_bias, for_down_bias = wanted
     counts = _counts(rows_per_expert, token_of_row.shape[0])
-    given = experts.Experts(
+    given = experts.ExpertRows(
         counts=counts,
         tokens=_tokens(token_of_row, counts, x.shape[0]),
         weights=None if weight_of_row is None else in_dtype_of(weight_of_row, pre).contiguous(),
@@ -197,8 +208,8 @@ def mixture_backward(
         down=down,
         up_bias=_whole(up_bias),
         down_bias=_whole(down_bias),
-        pre=pre,
-        value=value if gated else None,
+        pre=pre.contiguous(),  # whoever saved it may have given it another layout
+        value=value.contiguous() if gated else None,
         gated=gated,
         activation=activation,
         grad=grad,
@@ -282,7 +293,10 @@ def _gradients_of(ctx: Any, grad: Tensor | None, run: Callable[..., Any]) -> tup
         return (None,) * 12
     x, _, weight, _, up, down, up_bias, down_bias = ctx.needs_input_grad[:8]
     wanted = [x, weight, up, down, up_bias, down_bias]
-    run = mixture_backward if _is_lazy(grad) else run
+    watched = any(
+        _hides_its_memory(part) for part in (grad, *ctx.saved_tensors) if part is not None
+    )
+    run = mixture_backward if watched else run
     grads = run(grad, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
     found = [t if w else None for t, w in zip(grads, wanted, strict=True)]
     return found[0], None, found[1], None, *found[2:], None, None, None, None
@@ -306,9 +320,13 @@ class _Mixture(torch.autograd.Function):
         return _gradients_of(ctx, grads[0], mixture_backward._init_fn)
 
 
-def _is_lazy(tensor: Tensor) -> bool:
-    """Whether its memory does not hold its numbers; the dispatcher writes them out."""
-    return tensor.is_neg() or tensor._is_zerotensor()  # pyright: ignore[reportAttributeAccessIssue]
+def _hides_its_memory(tensor: Tensor) -> bool:
+    """Whether its memory does not hold its numbers.
+
+    The dispatcher writes a lazy tensor out, and knows what a subclass is made of.
+    """
+    lazy = tensor.is_neg() or tensor._is_zerotensor()  # pyright: ignore[reportAttributeAccessIssue]
+    return lazy or type(tensor) not in (Tensor, nn.Parameter)
 
 
 def mix(*given: Any) -> Tensor:
@@ -317,13 +335,21 @@ def mix(*given: Any) -> Tensor:
     torch's dispatcher of custom operators takes longer than all else around a few tokens. It is
     needed where something wants to see the operator: a compiler, a mode, a function transform, a
     subclass of tensors.
+
+    Raises:
+        NotImplementedError: within forward-mode differentiation, which would get zeros.
     """
+    if forward_ad._current_level >= 0:
+        raise NotImplementedError(
+            "the fused backend has no forward-mode derivative; choose backend='reference' for it"
+        )
     tensors = [part for part in given if isinstance(part, Tensor)]
     watched = (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or any(type(part) not in (Tensor, nn.Parameter) or _is_lazy(part) for part in tensors)
+        or torch._C._get_tracing_state() is not None
+        or any(_hides_its_memory(part) for part in tensors)
     )
     if watched:
         return mixture(*given)[0]

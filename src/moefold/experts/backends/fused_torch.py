@@ -14,10 +14,10 @@ from moefold.experts.backends.fused_hidden import Hidden
 from moefold.experts.backends.fused_parts import Part, make_parts
 from moefold.experts.backends.fused_products import Linears, Sums, gathered
 from moefold.experts.backends.fused_workers import run_on
-from moefold.ops.cpu.experts import Experts
+from moefold.ops.cpu.experts import ExpertRows
 
 
-def forward(given: Experts, sums: Sequence[Tensor], like: Tensor, *, compiled: bool) -> None:
+def forward(given: ExpertRows, sums: Sequence[Tensor], like: Tensor, *, compiled: bool) -> None:
     """Add what experts make of their rows, each times its weight, to sums by token.
 
     Args:
@@ -64,7 +64,7 @@ def forward(given: Experts, sums: Sequence[Tensor], like: Tensor, *, compiled: b
     run_on(make_parts(blocks, sums, widths, like), through)
 
 
-def backward(given: Experts, sums: Sequence[Tensor], *, for_x: bool, compiled: bool) -> None:
+def backward(given: ExpertRows, sums: Sequence[Tensor], *, for_x: bool, compiled: bool) -> None:
     """Write the gradients that there is memory for, zeros for experts without rows.
 
     Args:
@@ -141,7 +141,7 @@ def backward(given: Experts, sums: Sequence[Tensor], *, for_x: bool, compiled: b
     run_on(make_parts(blocks, sums, widths, pre), back)
 
 
-def _blocks(given: Experts, like: Tensor, workers: int, *, compiled: bool) -> Blocks:
+def _blocks(given: ExpertRows, like: Tensor, workers: int, *, compiled: bool) -> Blocks:
     rows, widest = given.tokens.shape[0], max(given.up.shape[1:])
     return Blocks(given.counts, rows, widest, like, workers=workers, compiled=compiled)
 

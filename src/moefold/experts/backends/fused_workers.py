@@ -84,4 +84,5 @@ def run_on(shares: Sequence[Share], work: Callable[[Share], None]) -> None:
                     return
                 work(share)
 
-    run_together(one_after_another, len(shares))
+    # All of torch's threads, see `ops.cpu.experts`.
+    run_together(one_after_another, max(len(shares), torch.get_num_threads()))

@@ -28,7 +28,7 @@ ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Experts:
+class ExpertRows:
     """Experts and their rows; for the backward pass also where gradients go, if they are wanted.
 
     Attributes:
@@ -74,11 +74,10 @@ class Experts:
 
 
 def can_compute(like: Tensor, *stacks: Tensor) -> bool:
-    """Whether compiled code can compute in this dtype with these stacks of matrices."""
+    """Whether compiled code can compute in this dtype with these parameters."""
     return (
-        like.device.type == "cpu"
-        and all(tensor.dtype == torch.float32 for tensor in (like, *stacks))
-        and all(1 in stack.stride()[-2:] for stack in stacks)
+        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (like, *stacks))
+        and all(stack.numel() > 0 and 1 in stack.stride()[-2:] for stack in stacks)
         and _functions() is not None
     )
 
@@ -94,7 +93,7 @@ def readable(tokens: Tensor) -> Tensor:
     return tokens if tokens.stride(1) == 1 else tokens.contiguous()
 
 
-def forward(given: Experts, shares: Sequence[Sequence[int]], sums: Sequence[Tensor]) -> None:
+def forward(given: ExpertRows, shares: Sequence[Sequence[int]], sums: Sequence[Tensor]) -> None:
     """Add what experts make of their rows, each times its weight, to sums by token.
 
     Args:
@@ -109,7 +108,7 @@ def forward(given: Experts, shares: Sequence[Sequence[int]], sums: Sequence[Tens
 
 
 def backward(
-    given: Experts, shares: Sequence[Sequence[int]], sums: Sequence[Tensor | None]
+    given: ExpertRows, shares: Sequence[Sequence[int]], sums: Sequence[Tensor | None]
 ) -> None:
     """Write the gradients that there is memory for; zeros for experts without rows.
 
@@ -185,7 +184,7 @@ def differentiate(
 
 
 def _run(
-    given: Experts,
+    given: ExpertRows,
     shares: Sequence[Sequence[int]],
     sums: Sequence[Tensor | None],
     *,
@@ -226,37 +225,63 @@ def _run(
         backward=backward,
         next=0,
     )
-    run_compiled_together(functions.work, ctypes.byref(work), len(shares))
+    # All of torch's threads, even if some find nothing to do: OpenMP would end those that it does
+    # not need, and start them again for the next operation.
+    threads = max(len(shares), torch.get_num_threads()) if len(shares) > 1 else 1
+    run_compiled_together(functions.work, ctypes.byref(work), threads)
 
 
-def _check(given: Experts) -> None:
-    """Compiled code sees no shapes, and would read beyond the end.
+def _check(given: ExpertRows) -> None:
+    """Compiled code sees neither shapes nor dtypes, and would read beyond the end.
 
     Raises:
-        ValueError: sizes that do not belong together.
+        ValueError: sizes that do not belong together; memory that is not as `ExpertRows` says.
     """
     experts, made, width = given.down.shape
     rows, dim, first = sum(given.counts), given.up.shape[-1], (1 + given.gated) * width
-    if len(given.counts) != experts:
-        raise ValueError(f"there are {len(given.counts)} counts for {experts} experts")
+    if len(given.counts) != experts or min(given.counts) < 0:
+        raise ValueError(f"{experts} experts cannot have {list(given.counts)} rows")
     least = {
         "x": (0, dim),
-        "up": (experts, first, dim),
-        "up_bias": (experts, first),
-        "down_bias": (experts, made),
+        "grad": (given.x.shape[0], made),
         "tokens": (rows,),
         "weights": (rows,),
+        "of_weights": (rows,),
         "pre": (rows, width),
         "value": (rows, width),
-        "grad": (given.x.shape[0], made),
+        "up": (experts, first, dim),
+        "of_up": (experts, first, dim),
+        "down": (experts, made, width),
+        "of_down": (experts, made, width),
+        "up_bias": (experts, first),
+        "of_up_bias": (experts, first),
+        "down_bias": (experts, made),
+        "of_down_bias": (experts, made),
     }
     for name, (size, *rest) in least.items():
         tensor = getattr(given, name)
-        if tensor is not None and (tensor.shape[0] < size or list(tensor.shape[1:]) != rest):
+        if tensor is None:
+            continue
+        if tensor.shape[0] < size or list(tensor.shape[1:]) != rest:
             raise ValueError(
                 f"{name} is {list(tensor.shape)}, which does not belong to {rows} rows and experts "
                 f"of {dim} to {width} to {made}"
             )
+        _check_memory(name, tensor)
+
+
+_WITH_GAPS = ("x", "grad", "up", "down")
+
+
+def _check_memory(name: str, tensor: Tensor) -> None:
+    dtype = torch.int64 if name == "tokens" else torch.float32
+    whole = name in _WITH_GAPS or tensor.is_contiguous()
+    is_there = tensor.device.type == "cpu" and (tensor.data_ptr() or not tensor.numel())
+    if tensor.dtype != dtype or not whole or not is_there:
+        raise ValueError(
+            f"{name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; compiled "
+            f"code reads {dtype} in memory of the cpu, {name} {'as it lies' if whole else 'whole'}"
+        )
 
 
 def _start(tensor: Tensor | None) -> int | None:

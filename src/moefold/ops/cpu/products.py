@@ -3,6 +3,8 @@
 Shapes: `[rows, depth] @ [depth, columns]`, or stacks of both, `[experts, rows, depth] @ [experts,
 depth, columns]`. All of it float32. With an index, a factor is `[tokens, depth]` and its rows are
 those that the index, `[rows]` or `[experts * rows]`, names. None of the sizes is 0.
+
+Experts multiply within compiled code (`experts.c`); this is the entrance for tests and benchmarks.
 """
 
 import ctypes
@@ -40,7 +42,7 @@ def product(
 
     Args:
         left: rows, or tokens if there is an index; the numbers of a row follow each other.
-        right: matrices that `can_multiply` agrees to.
+        right: matrices, the numbers of whose rows or columns follow each other.
         out: where the result goes, as `left`.
         room: see `make_room`.
         bias: `[columns]` or `[experts, columns]`, the numbers of an expert following each other.

@@ -65,8 +65,20 @@ def run_compiled_together(function: Any, given: Any, threads: int) -> None:
         # gradients, would live until the next collection.
         parallel(function, given, threads, 0)
     else:
+        _run_in_pool(function, given, threads)
+
+
+def _run_in_pool(function: Any, given: Any, threads: int) -> None:
+    futures = []
+    try:
         pool = _pool(threads)
-        wait([pool.submit(function, given) for _ in range(threads)])
+        futures += [pool.submit(function, given) for _ in range(threads)]
+    except RuntimeError:  # the interpreter is about to end and starts no threads
+        function(given)
+    try:
+        wait(futures)
+    finally:
+        wait(futures)  # whoever interrupts it: nobody lets go of what they still write to
 
 
 @cache
