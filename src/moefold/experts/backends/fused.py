@@ -27,11 +27,9 @@ class FusedBackend(AbstractMixer):
         if rows.device.type != "cpu":
             reasons.append(f"it is for the cpu, and the rows are on {rows.device.type}")
         parameters = (weights.up, weights.down, weights.up_bias, weights.down_bias)
-        elsewhere = {t.device for t in parameters if t is not None} - {rows.device}
+        elsewhere = {t.device.type for t in parameters if t is not None} - {"cpu"}
         if elsewhere:
-            reasons.append(
-                f"the rows are on {rows.device}, and experts on {', '.join(map(str, elsewhere))}"
-            )
+            reasons.append(f"it is for the cpu, and experts are on {', '.join(sorted(elsewhere))}")
         if weights.activation not in WRITTEN:
             reasons.append(
                 f"it knows the derivative of {', '.join(WRITTEN)}, not of {weights.activation}"

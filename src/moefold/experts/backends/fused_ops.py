@@ -293,11 +293,10 @@ def _gradients_of(ctx: Any, grad: Tensor | None, run: Callable[..., Any]) -> tup
         return (None,) * 12
     x, _, weight, _, up, down, up_bias, down_bias = ctx.needs_input_grad[:8]
     wanted = [x, weight, up, down, up_bias, down_bias]
-    watched = any(
-        _hides_its_memory(part) for part in (grad, *ctx.saved_tensors) if part is not None
-    )
-    run = mixture_backward if watched else run
-    grads = run(grad, *ctx.saved_tensors, ctx.gated, ctx.activation, wanted)
+    saved = ctx.saved_tensors  # once: checkpointing makes them anew, and refuses to do it twice
+    if any(_hides_its_memory(part) for part in (grad, *saved) if part is not None):
+        run = mixture_backward
+    grads = run(grad, *saved, ctx.gated, ctx.activation, wanted)
     found = [t if w else None for t, w in zip(grads, wanted, strict=True)]
     return found[0], None, found[1], None, *found[2:], None, None, None, None
 
