@@ -1,5 +1,5 @@
 /* Experts from tokens to tokens, forward and backward, one expert after another; slow twin: the
- * operations of torch in `fused_ops.py`, where the formulas are.
+ * operations of torch in `fused_torch.py`; the formulas are in `fused_ops.py`.
  *
  * An expert's hidden rows stay in cache between one product and the next. Rows are read at their
  * tokens and added to their tokens; none is gathered.

@@ -125,18 +125,7 @@ def backward(
 
 def activate(activation: str, pre: Tensor, value: Tensor | None, hidden: Tensor) -> None:
     """Write `act(pre) * value`, or `act(pre)`, of rows `[rows, width]`."""
-    rows, width = pre.shape
-    _known().activate(
-        _Hidden(
-            kind=ACTIVATIONS[activation],
-            rows=rows,
-            width=width,
-            pre=pre.data_ptr(),
-            value=_start(value),
-            stride=width,
-            hidden=hidden.data_ptr(),
-        )
-    )
+    _known().activate(_hidden(activation, pre, value, hidden))
 
 
 def differentiate(
@@ -163,23 +152,25 @@ def differentiate(
             if it is not gated.
         of_weights: `[rows]`, where that of the weights goes.
     """
+    given = _hidden(activation, pre, value, hidden)
+    given.weights, given.of_weights = _start(weights), _start(of_weights)
+    given.of_hidden, given.of_pre = _start(of_hidden), _start(of_first)
+    if of_first is not None:
+        given.of_stride = of_first.stride(0)
+        given.of_value = None if value is None else of_first[:, pre.shape[1] :].data_ptr()
+    _known().differentiate(given)
+
+
+def _hidden(activation: str, pre: Tensor, value: Tensor | None, hidden: Tensor) -> "_Hidden":
     rows, width = pre.shape
-    _known().differentiate(
-        _Hidden(
-            kind=ACTIVATIONS[activation],
-            rows=rows,
-            width=width,
-            pre=pre.data_ptr(),
-            value=_start(value),
-            stride=width,
-            hidden=hidden.data_ptr(),
-            weights=_start(weights),
-            of_hidden=_start(of_hidden),
-            of_pre=_start(of_first),
-            of_value=None if of_first is None or value is None else of_first[:, width:].data_ptr(),
-            of_weights=_start(of_weights),
-            of_stride=0 if of_first is None else of_first.stride(0),
-        )
+    return _Hidden(
+        kind=ACTIVATIONS[activation],
+        rows=rows,
+        width=width,
+        pre=pre.data_ptr(),
+        value=_start(value),
+        stride=width,
+        hidden=hidden.data_ptr(),
     )
 
 
