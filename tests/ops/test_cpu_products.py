@@ -63,6 +63,18 @@ def test_product(rows, room):
             assert_near(out, left, right)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 2, 3, 7])
+def test_product_with_two_bytes_a_number(rows, dtype, room):
+    for columns, depth in itertools.product(COLUMNS, DEPTHS):
+        left = torch.randn(rows, depth)
+        for right in turned_and_not(depth, columns):
+            right = right.to(dtype)
+            out = torch.full((rows, columns), torch.nan)
+            products.product(left, right, out, room)
+            assert_near(out, left, right)
+
+
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_product_with_bias_and_scale_added(columns, room):
     for rows, depth in itertools.product((7, 97), (17, 769)):

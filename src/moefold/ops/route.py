@@ -18,6 +18,7 @@ from torch import Tensor
 
 from moefold.ops import kernels
 from moefold.ops.select import top
+from moefold.ops.weigh import weigh
 
 MOST_EXPERTS = 4096
 """As many as one program of the kernel holds; with more, the slow twin is used."""
@@ -92,8 +93,4 @@ def route_reference(
     scores = softmax * logits.softmax(-1) + sigmoid * logits.sigmoid()
     contest = scores.detach() if bias is None else scores.detach() + bias.detach()
     chosen = top(contest, k, 1, None if real is None else real.unsqueeze(1).expand_as(contest))
-    weights = torch.where(chosen, scores, torch.zeros_like(scores))
-    if normalize:
-        total = weights.sum(-1, keepdim=True)
-        weights = weights / torch.where(total > 0, total, torch.ones_like(total))
-    return Routed(scores, chosen, weights * scale)
+    return Routed(scores, chosen, weigh(chosen, scores, normalize, scale))

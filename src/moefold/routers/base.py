@@ -175,6 +175,8 @@ class AbstractRouter(nn.Module, abc.ABC):
             ValueError: a value is NaN or infinite.
         """
         reads = not torch.compiler.is_compiling() and values.device.type == "cpu"
+        if reads and values.numel() == 0:
+            return
         if reads and mask is None and math.isfinite(values.detach().sum()):
             return  # a sum is finite only if everything in it is
         finite = torch.isfinite(values)

@@ -1,14 +1,18 @@
 """Recipes that one kernel follows: scores, choice and weights of token choice in one step.
 
+On the CPU the scores are torch's, so that a choice does not depend on who made it; choice and
+weights are one step there.
+
 Shapes: `groups members experts`, as in a recipe. See `moefold.ops.route` for what is computed.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from moefold.ops import kernels
+from moefold.ops.cpu import routing as compiled
 from moefold.ops.route import MOST_EXPERTS, route
 from moefold.routers.adapt import Adapt, BiasBalance
 from moefold.routers.choice import Choice, Picked, TopExperts
@@ -51,11 +55,7 @@ def routed(
     mix = coefficients(score, logits.shape[-1])
     if mix is None or not kernels.serve(logits) or logits.shape[-1] > MOST_EXPERTS:
         return None
-    if not isinstance(choice, TopExperts) or not choice.capacity.is_unlimited:
-        return None
-    if choice.top_groups != choice.expert_groups or not isinstance(adapt, BiasBalance | None):
-        return None
-    if weight.source != "scores" or weight.normalize == "all":
+    if not _is_plain(choice, weight) or not isinstance(adapt, BiasBalance | None):
         return None
     made = route(
         logits.flatten(0, 1),
@@ -70,6 +70,52 @@ def routed(
     scores, chosen, weights = (part.reshape(logits.shape) for part in made)
     most_rows = logits.shape[0] * logits.shape[1] * choice.k
     return Fused(scores, Picked(chosen, None, most_rows), weights)
+
+
+def picked_and_weighed(
+    choice: Choice,
+    weight: Weight,
+    contest: Float[Tensor, "groups members experts"],
+    scores: Float[Tensor, "groups members experts"],
+    valid: Bool[Tensor, "groups members"] | None,
+) -> tuple[Picked, Float[Tensor, "groups members experts"]] | None:
+    """Choice and weights; None where no compiled code does what the recipe says.
+
+    Args:
+        choice: of the recipe.
+        weight: of the recipe.
+        contest: what decides.
+        scores: what weights are made of.
+        valid: real tokens; all if None.
+    """
+    if not _is_plain(choice, weight) or choice.k > compiled.MOST_CHOSEN:
+        return None
+    if scores.shape[-1] > compiled.MOST_EXPERTS:
+        return None
+    marks = [] if valid is None else [valid]
+    if not compiled.serves(contest, scores, marks=marks, as_operator=True):
+        return None
+    made = compiled.choose(
+        contest.flatten(0, 1),
+        scores.flatten(0, 1),
+        choice.k,
+        real=None if valid is None else valid.flatten(),
+        normalize=weight.normalize == "chosen",
+        scale=weight.scale,
+    )
+    chosen, weights = (part.reshape(scores.shape) for part in made)
+    return Picked(chosen, None, scores.shape[0] * scores.shape[1] * choice.k), weights
+
+
+def _is_plain(choice: Choice, weight: Weight) -> TypeGuard[TopExperts]:
+    """Whether each token takes its best experts, and their scores are its weights."""
+    return (
+        isinstance(choice, TopExperts)
+        and choice.capacity.is_unlimited
+        and choice.top_groups == choice.expert_groups
+        and weight.source == "scores"
+        and weight.normalize != "all"
+    )
 
 
 def coefficients(score: Score, experts: int) -> tuple[float, float] | None:

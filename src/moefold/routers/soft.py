@@ -81,11 +81,8 @@ class SoftRouter(AbstractRouter):
                 # Padding may hold NaN, and zero times NaN would reach the router's gradient.
                 tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
             tokens = grouping.split(tokens)
-            phi = self.scale.to(tokens.dtype) * l2_normalize(self.phi.to(tokens.dtype), 0)
-            logits = torch.einsum("gmd,des->gmes", l2_normalize(tokens, -1), phi)
+            logits = self._logits(tokens)
             self.check_finite(logits.flatten(1), None)
-            if tokens.shape[1] == 0:
-                logits = logits[..., :0]  # slots with nothing to mix would pass the experts
             if self.noise_std and self.training:
                 logits = logits + torch.randn_like(logits) * self.noise_std
             if kernels.serve(logits):
@@ -97,3 +94,12 @@ class SoftRouter(AbstractRouter):
                 mask=mask,
                 logits=logits,
             )
+
+    def _logits(self, tokens: Float[Tensor, "groups members dim"]) -> Tensor:
+        phi = self.phi.to(tokens.dtype)
+        if tokens.shape[1]:
+            tokens, phi = l2_normalize(tokens, -1), l2_normalize(phi, 0)
+        else:
+            phi = phi[..., :0]  # slots with nothing to mix would pass the experts all the same
+        phi = self.scale.to(tokens.dtype) * phi
+        return (tokens @ phi.flatten(1)).unflatten(2, phi.shape[1:])

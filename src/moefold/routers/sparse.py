@@ -24,7 +24,7 @@ from moefold.routers.base import (
 )
 from moefold.routers.choice import Choice, TopExperts
 from moefold.routers.compete import Competition
-from moefold.routers.fused import routed
+from moefold.routers.fused import picked_and_weighed, routed
 from moefold.routers.inference import (
     Known,
     MembershipHead,
@@ -237,8 +237,11 @@ def _by_group(
         contest = scores.detach()
         if adapt is not None and state is not None:
             contest = adapt.shift(contest, state)
-        chosen, wanted, most_rows = recipe.choice(contest, valid, router.training)
-        weights = recipe.weight(scores, scored, clean, chosen)
+        made = picked_and_weighed(recipe.choice, recipe.weight, contest, scores, valid)
+        if made is None:
+            picked = recipe.choice(contest, valid, router.training)
+            made = picked, recipe.weight(scores, scored, clean, picked.chosen)
+        (chosen, wanted, most_rows), weights = made
     return {
         "chosen": grouping.merge(chosen),
         "weights": grouping.merge(weights),

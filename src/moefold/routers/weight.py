@@ -59,7 +59,7 @@ class Weight:
                 weights = clean.sigmoid()
             case "one":
                 weights = torch.ones_like(logits)
-        if self.normalize != "no":
+        if self.normalize != "no" and weights.numel():
             counted = torch.where(chosen, weights, 0.0) if self.normalize == "chosen" else weights
             total = counted.sum(-1, keepdim=True)
             weights = weights / torch.where(total > 0, total, 1.0)

@@ -171,10 +171,9 @@ class SoftRouting:
         if self.mask is not None:
             # A padding token may hold anything; zero times infinity would not be zero.
             x = torch.where(self.mask.unsqueeze(-1), x, torch.zeros_like(x))
-        rows = torch.einsum(
-            "gmes,gmd->egsd", self.dispatch_weight.to(x.dtype), self.grouping.split(x)
-        )
-        return rows.reshape(-1, x.shape[-1])
+        weight = self.dispatch_weight.to(x.dtype)
+        rows = weight.flatten(2).transpose(1, 2) @ self.grouping.split(x)
+        return rows.unflatten(1, weight.shape[2:]).transpose(0, 1).flatten(0, 2)
 
     def settled(self, rows: Float[Tensor, "rows dim"]) -> "SoftRouting":
         """Itself: no result of an expert changes it, see `SparseRouting.settled`."""
@@ -185,8 +184,8 @@ class SoftRouting:
         if self.maps is not None:
             return self.grouping.merge(self.maps.combine(self._like, rows, self._real))
         groups, _, experts, slots = self._like.shape
-        by_group = rows.reshape(experts, groups, slots, rows.shape[1])
-        mixed = torch.einsum("gmes,egsd->gmd", self.combine_weight.to(rows.dtype), by_group)
+        by_group = rows.reshape(experts, groups, slots, rows.shape[1]).transpose(0, 1)
+        mixed = self.combine_weight.to(rows.dtype).flatten(2) @ by_group.flatten(1, 2)
         return self.grouping.merge(mixed)
 
     def as_matrices(

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moefold.ops import kernels
+from moefold.ops.rows import list_rows
 from moefold.routing.grouping import Grouping
 
 
@@ -84,35 +84,15 @@ class SparseRouting:
             **extra: the optional attributes of the routing.
         """
         batch, tokens, experts = chosen.shape
-        if kernels.serve(weights):
-            from moefold.ops.triton.rows import list_rows
-
-            size = chosen.numel() if most_rows is None else most_rows
-            token, weight, rows_per_expert, *_ = list_rows(
-                chosen.reshape(-1, experts), weights.reshape(-1, experts), size
-            )
-            return cls(
-                token_of_row=token,
-                weight_of_row=weight,
-                rows_per_expert=rows_per_expert,
-                grouping=grouping or Grouping("sequence", batch, tokens),
-                **extra,  # pyright: ignore[reportArgumentType]
-            )
-        by_expert = chosen.reshape(batch * tokens, experts).t()
-        if torch.compiler.is_compiling() or chosen.device.type in ("cuda", "meta"):
-            size = chosen.numel() if most_rows is None else most_rows
-            pairs = torch.nonzero_static(by_expert, size=size, fill_value=-1)
-            real = pairs[:, 0] >= 0
-            expert, token = pairs.clamp_min(0).unbind(1)
-            weight = weights.reshape(-1).gather(0, token * experts + expert)
-            weight = torch.where(real, weight, torch.zeros_like(weight))
-        else:
-            expert, token = by_expert.nonzero(as_tuple=True)
-            weight = weights.reshape(-1).gather(0, token * experts + expert)
+        rows = list_rows(
+            chosen.reshape(batch * tokens, experts),
+            weights.reshape(batch * tokens, experts),
+            chosen.numel() if most_rows is None else most_rows,
+        )
         return cls(
-            token_of_row=token,
-            weight_of_row=weight,
-            rows_per_expert=by_expert.sum(1),
+            token_of_row=rows.token_of_row,
+            weight_of_row=rows.weight_of_row,
+            rows_per_expert=rows.rows_per_expert,
             grouping=grouping or Grouping("sequence", batch, tokens),
             **extra,  # pyright: ignore[reportArgumentType]
         )

@@ -23,10 +23,10 @@ thousand rows (`ops.cpu.experts`), and torch's operations for all others (`fused
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
@@ -35,6 +35,7 @@ from moefold.experts.backends.fused_blocks import room
 from moefold.experts.backends.fused_products import in_dtype_of
 from moefold.experts.backends.fused_workers import share_out, workers_for
 from moefold.ops.cpu import experts
+from moefold.ops.cpu.eager import has_a_mode, hides_its_memory, is_transformed
 from moefold.ops.cpu.pages import in_huge_pages
 from moefold.ops.grouped import padded, too_few_rows
 
@@ -106,21 +107,19 @@ def mixture(
         x=x,
         up=up,
         down=down,
-        up_bias=_whole(up_bias),
-        down_bias=_whole(down_bias),
+        up_bias=_as_read(up_bias, like),
+        down_bias=_as_read(down_bias, like),
         pre=kept[0] if keep else None,
         value=kept[1] if keep and gated else None,
         gated=gated,
         activation=activation,
     )
-    workers, can_compile = _plan(given, like, sum_dtype)
-    sums = [x.new_zeros(x.shape[0], dim, dtype=sum_dtype) for _ in range(workers)]
-    own = [i for i, count in enumerate(counts) if can_compile and experts.suits(count)]
-    if own:
-        shares = _share_out(own, counts, workers)
-        experts.forward(replace(given, x=experts.readable(x)), shares, sums)
-    if len(own) < len(counts):
-        fused_torch.forward(given, sums, like, compiled=can_compile)
+    plan = _plan(given, like, sum_dtype)
+    sums = [x.new_zeros(x.shape[0], dim, dtype=sum_dtype) for _ in range(plan.workers)]
+    if plan.shares:
+        experts.forward(replace(given, x=experts.readable(x)), plan.shares, sums)
+    if plan.leaves_some:
+        fused_torch.forward(given, sums, like, compiled=plan.can_compile)
     for part in kept:
         part[sum(padded(count, like) for count in counts if count) :].zero_()
     return total(sums).to(dtype), *kept
@@ -153,24 +152,39 @@ def _tokens(token_of_row: Tensor, counts: Sequence[int], tokens: int) -> Tensor:
     return index
 
 
-def _whole(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
+def _as_read(bias: Tensor | None, like: Tensor) -> Tensor | None:
+    return None if bias is None else in_dtype_of(bias, like).contiguous()
 
 
-def _plan(given: experts.ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> tuple[int, bool]:
-    """How many threads compute, each of them alone, and whether compiled code may do it."""
-    workers = workers_for(sum(given.counts), given.up, given.down)
-    told = (given.up, given.down, given.up_bias, given.down_bias, given.weights, given.of_weights)
-    there = [tensor for tensor in told if tensor is not None]
-    can_compile = sum_dtype == torch.float32 and experts.can_compute(like, *there)
-    busy = sum(count > 0 for count in given.counts)
-    return max(min(workers, busy), 1), can_compile and workers > 0
+class _Plan(NamedTuple):
+    """Who computes.
+
+    Attributes:
+        workers: how many threads, each of them alone.
+        can_compile: whether compiled code may compute.
+        shares: the experts that it does compute, by worker; empty if none.
+        leaves_some: whether there are others.
+    """
+
+    workers: int
+    can_compile: bool
+    shares: list[list[int]]
+    leaves_some: bool
 
 
-def _share_out(own: Sequence[int], counts: Sequence[int], workers: int) -> list[list[int]]:
-    """Some experts by worker."""
-    shares = share_out([max(counts[i], 1) for i in own], workers)  # zeros are some work, too
-    return [[own[i] for i in share] for share in shares]
+def _plan(given: experts.ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> _Plan:
+    workers, written = workers_for(sum(given.counts), given.up, given.down), given.of_weights
+    can_compile = (
+        workers > 0
+        and sum_dtype == torch.float32
+        and (written is None or written.dtype == torch.float32)
+        and experts.can_compute(like, given.up, given.down)
+    )
+    workers = max(min(workers, sum(count > 0 for count in given.counts)), 1)
+    own = [i for i, count in enumerate(given.counts) if can_compile and experts.suits(count)]
+    parts = share_out([max(given.counts[i], 1) for i in own], workers)  # zeros are some work, too
+    shares = [[own[i] for i in part] for part in parts] if own else []
+    return _Plan(workers, can_compile, shares, len(own) < len(given.counts))
 
 
 @torch.library.custom_op("moefold::fused_mixture_backward", mutates_args=())
@@ -206,8 +220,8 @@ def mixture_backward(
         x=x,
         up=up,
         down=down,
-        up_bias=_whole(up_bias),
-        down_bias=_whole(down_bias),
+        up_bias=_as_read(up_bias, pre),
+        down_bias=_as_read(down_bias, pre),
         pre=pre.contiguous(),  # whoever saved it may have given it another layout
         value=value.contiguous() if gated else None,
         gated=gated,
@@ -216,24 +230,25 @@ def mixture_backward(
         of_weights=of_weight.zero_() if for_weight else None,
         of_up=of_up if for_up else None,
         of_down=of_down if for_down else None,
-        of_up_bias=of_up_bias if for_up_bias else None,
-        of_down_bias=of_down_bias if for_down_bias else None,
+        of_up_bias=in_dtype_of(of_up_bias, pre) if for_up_bias else None,
+        of_down_bias=in_dtype_of(of_down_bias, pre) if for_down_bias else None,
     )
     sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    workers, can_compile = _plan(given, pre, sum_dtype)
+    plan = _plan(given, pre, sum_dtype)
     sums = [
         torch.zeros_like(of_x, dtype=sum_dtype) if i or x.dtype != sum_dtype else of_x.zero_()
-        for i in range(workers)
+        for i in range(plan.workers)
     ]
-    own = [i for i, count in enumerate(counts) if can_compile and experts.suits(count)]
-    if own:
-        shares = _share_out(own, counts, workers)
+    if plan.shares:
         readable = {"x": experts.readable(x), "grad": experts.readable(grad)}
-        compiled_sums = sums if for_x else [None] * workers
-        experts.backward(replace(given, **readable), shares, compiled_sums)
-    if len(own) < len(counts):
-        fused_torch.backward(given, sums, for_x=for_x, compiled=can_compile)
+        compiled_sums = sums if for_x else [None] * plan.workers
+        experts.backward(replace(given, **readable), plan.shares, compiled_sums)
+    if plan.leaves_some:
+        fused_torch.backward(given, sums, for_x=for_x, compiled=plan.can_compile)
     of_x = total(sums).to(x.dtype)
+    for made, out in ((given.of_up_bias, of_up_bias), (given.of_down_bias, of_down_bias)):
+        if made is not None and made is not out:
+            out.copy_(made)  # rounded once, from the dtype that is computed in
     return of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias
 
 
@@ -294,7 +309,7 @@ def _gradients_of(ctx: Any, grad: Tensor | None, run: Callable[..., Any]) -> tup
     x, _, weight, _, up, down, up_bias, down_bias = ctx.needs_input_grad[:8]
     wanted = [x, weight, up, down, up_bias, down_bias]
     saved = ctx.saved_tensors  # once: checkpointing makes them anew, and refuses to do it twice
-    if any(_hides_its_memory(part) for part in (grad, *saved) if part is not None):
+    if any(hides_its_memory(part) for part in (grad, *saved) if part is not None):
         run = mixture_backward
     grads = run(grad, *saved, ctx.gated, ctx.activation, wanted)
     found = [t if w else None for t, w in zip(grads, wanted, strict=True)]
@@ -319,15 +334,6 @@ class _Mixture(torch.autograd.Function):
         return _gradients_of(ctx, grads[0], mixture_backward._init_fn)
 
 
-def _hides_its_memory(tensor: Tensor) -> bool:
-    """Whether its memory does not hold its numbers.
-
-    The dispatcher writes a lazy tensor out, and knows what a subclass is made of.
-    """
-    lazy = tensor.is_neg() or tensor._is_zerotensor()  # pyright: ignore[reportAttributeAccessIssue]
-    return lazy or type(tensor) not in (Tensor, nn.Parameter)
-
-
 def mix(*given: Any) -> Tensor:
     """Run the operator (see `mixture` for what it is given), at what it costs here.
 
@@ -343,14 +349,8 @@ def mix(*given: Any) -> Tensor:
             "the fused backend has no forward-mode derivative; choose backend='reference' for it"
         )
     tensors = [part for part in given if isinstance(part, Tensor)]
-    watched = (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-        or torch._C._get_tracing_state() is not None
-        or any(_hides_its_memory(part) for part in tensors)
-    )
-    if watched:
+    # The transforms first: a graph cannot hold the questions after them.
+    if is_transformed() or has_a_mode() or any(hides_its_memory(part) for part in tensors):
         return mixture(*given)[0]
     keep = given[-1]
     return (_Mixture.apply if keep else mixture._init_fn)(*given)[0]

@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from moefold.ops.cpu.team import run_together
+from moefold.ops.cpu.team import all_threads, run_together
 
 MOST_WORKERS = 8
 """With more threads than this, each product is divided among them after all: every worker has a sum
@@ -84,5 +84,4 @@ def run_on(shares: Sequence[Share], work: Callable[[Share], None]) -> None:
                     return
                 work(share)
 
-    # All of torch's threads, see `ops.cpu.experts`.
-    run_together(one_after_another, max(len(shares), torch.get_num_threads()))
+    run_together(one_after_another, all_threads(len(shares)))

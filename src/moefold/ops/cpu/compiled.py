@@ -27,7 +27,7 @@ SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 SWITCH = "MOEFOLD_COMPILE_EXPERTS"
 """Set to 0, this environment variable forbids to compile and to load anything."""
 
-FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-fPIC", "-shared", "-fvisibility=hidden")
+FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared", "-fvisibility=hidden")
 PATIENCE = 120.0
 """Seconds after which a compiler is given up."""
 

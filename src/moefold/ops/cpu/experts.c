@@ -5,26 +5,29 @@
  * tokens and added to their tokens; none is gathered.
  */
 
-#include "experts.h"
+#include "lanes.h"
 #include <string.h>
 
 /* A matrix of every expert: `next` after the one before, its rows `row` and its columns `column`
  * apart; one of both is 1. */
 typedef struct {
-    const float *at;
+    const void *at;
     long next, row, column;
+    int kind;
 } Stack;
 
 /* All experts and their rows, sorted by expert. Pointers are 0 for what is not there or not asked
- * for. `pre` and `value` hold `[rows, width]`; biases and gradients lie without gaps. `dim` numbers
- * in a token, `made` in a result. */
+ * for. `pre` and `value` hold `[rows, width]`; biases and gradients lie without gaps, `of_up` and
+ * `of_down` of the stacks' kind. `dim` numbers in a token, `made` in a result. */
 typedef struct {
     int dim, width, made, gated, activation;
     const int64_t *counts, *starts; /* of the rows of each expert */
     const int64_t *tokens;          /* of the rows */
     const float *weights;           /* of the rows */
     const float *x, *grad, *up_bias, *down_bias;
-    float *pre, *value, *of_weights, *of_up, *of_down, *of_up_bias, *of_down_bias;
+    float *pre, *value, *of_weights;
+    void *of_up, *of_down;
+    float *of_up_bias, *of_down_bias;
     long x_stride, grad_stride;
     Stack up, down;
 } Experts;
@@ -41,37 +44,31 @@ typedef struct {
  * they would push each other out of cache. */
 static long apart(int width) { return (width + 15) / 16 * 16 + 16; }
 
+static long larger(long one, long other) { return one > other ? one : other; }
+
 /* Floats for experts of so many rows at most: pre, value and hidden, or hidden, its gradient and
- * that of the first product. */
-EXPORT long moefold_room_for(int rows, int width, int gated)
+ * that of the first product; and the gradient of a matrix that is then rounded. */
+EXPORT long moefold_room_for(const Experts *given, int rows, int backward)
 {
-    return moefold_room() + rows * (2 + (gated ? 2 : 1)) * apart(width);
+    const long parts = given->gated ? 2 : 1, width = given->width;
+    const int rounds = backward && given->up.kind != FLOAT32;
+    const long matrix = rounds ? larger(parts * width * given->dim, width * given->made) : 0;
+    return moefold_room() + rows * (2 + parts) * apart(given->width) + matrix;
 }
 
-/* A factor to the right of rows: half a stack's matrix (columns from `first` on), or turned over. */
-typedef struct {
-    Matrix matrix;
-    int turned;
-} Factor;
-
+/* A stack's matrix (columns from `first` on) turned over as a factor to the right of rows. */
 static Factor transposed(Stack stack, int expert, long first)
 {
     const int turned = stack.column == 1;
-    const float *at = stack.at + expert * stack.next + first * stack.row;
-    return (Factor){{(float *)at, 0, turned ? stack.row : stack.column, 0}, turned};
+    const void *at = number(stack.kind, stack.at, expert * stack.next + first * stack.row);
+    return (Factor){at, turned ? stack.row : stack.column, turned, stack.kind};
 }
 
 static Factor as_it_is(Stack stack, int expert)
 {
     const int turned = stack.column != 1;
-    const float *at = stack.at + expert * stack.next;
-    return (Factor){{(float *)at, 0, turned ? stack.column : stack.row, 0}, turned};
-}
-
-static void multiply(int rows, int columns, int depth, Matrix left, Factor right, Matrix out,
-                     Finish finish, float *room)
-{
-    product(rows, columns, depth, left, right.matrix, right.turned, out, finish, room);
+    const void *at = number(stack.kind, stack.at, expert * stack.next);
+    return (Factor){at, turned ? stack.column : stack.row, turned, stack.kind};
 }
 
 static const float *of_expert(const float *biases, int expert, int width)
@@ -89,15 +86,15 @@ static void forward(const Experts *given, int expert, float *sums, float *room)
     float *value = given->value ? given->value + start * width : free + rows * stride;
     const Matrix x = {(float *)given->x, 0, given->x_stride, tokens};
     const float *bias = of_expert(given->up_bias, expert, given->gated ? 2 * width : width);
-    multiply(rows, width, given->dim, x, transposed(given->up, expert, 0),
+    product(rows, width, given->dim, x, transposed(given->up, expert, 0),
              (Matrix){pre, 0, width, 0}, (Finish){bias, 0, 0}, room);
     if (given->gated)
-        multiply(rows, width, given->dim, x, transposed(given->up, expert, width),
+        product(rows, width, given->dim, x, transposed(given->up, expert, width),
                  (Matrix){value, 0, width, 0}, (Finish){bias ? bias + width : 0, 0, 0}, room);
     moefold_activate(&(Hidden){.kind = given->activation, .rows = rows, .width = width,
                                .pre = pre, .value = given->gated ? value : 0, .stride = stride,
                                .hidden = hidden});
-    multiply(rows, given->made, width, (Matrix){hidden, 0, stride, 0},
+    product(rows, given->made, width, (Matrix){hidden, 0, stride, 0},
              transposed(given->down, expert, 0), (Matrix){sums, 0, given->made, tokens},
              (Finish){of_expert(given->down_bias, expert, given->made),
                       given->weights ? given->weights + start : 0, 1}, room);
@@ -139,17 +136,55 @@ static void zero(float *numbers, long count)
         memset(numbers, 0, count * sizeof *numbers);
 }
 
+/* The gradient of one matrix of a stack, `[lefts, rights]`. */
+typedef struct {
+    void *at;
+    int lefts, rights, kind;
+} Gradient;
+
+static Gradient gradient(void *stack, int lefts, int rights, int kind, long expert)
+{
+    void *at = stack ? (void *)number(kind, stack, expert * lefts * rights) : 0;
+    return (Gradient){at, lefts, rights, kind};
+}
+
+static void zero_all(Gradient out)
+{
+    if (out.at)
+        memset(out.at, 0, (out.kind == FLOAT32 ? 4 : 2) * (long)out.lefts * out.rights);
+}
+
+static void round_all(const int kind, const float *from, long count, void *to)
+{
+    for (long i = 0; i < count; i += LANES) {
+        const int some = count - i < LANES ? (int)(count - i) : LANES;
+        write_kind(kind, to, i, some, read(from + i, some));
+    }
+}
+
+/* `sum`, by way of `unrounded`, if the gradient is not float32. */
+static void sum_to(Gradient out, int depth, Matrix left, Matrix right, float *unrounded,
+                   float *room)
+{
+    float *at = out.kind == FLOAT32 ? out.at : unrounded;
+    sum(out.lefts, out.rights, depth, left, right, (Matrix){at, 0, out.rights, 0}, room);
+    if (out.kind == BFLOAT16)
+        round_all(BFLOAT16, at, (long)out.lefts * out.rights, out.at);
+    else if (out.kind == FLOAT16)
+        round_all(FLOAT16, at, (long)out.lefts * out.rights, out.at);
+}
+
 static void backward(const Experts *given, int expert, float *sums, float *room)
 {
     const int rows = (int)given->counts[expert], dim = given->dim, made = given->made;
     const int width = given->width, first = given->gated ? 2 * width : width;
-    float *of_up = part(given->of_up, (long)first * dim, expert);
-    float *of_down = part(given->of_down, (long)made * width, expert);
+    const Gradient of_up = gradient(given->of_up, first, dim, given->up.kind, expert);
+    const Gradient of_down = gradient(given->of_down, made, width, given->down.kind, expert);
     float *of_up_bias = part(given->of_up_bias, first, expert);
     float *of_down_bias = part(given->of_down_bias, made, expert);
     if (!rows) {
-        zero(of_up, (long)first * dim);
-        zero(of_down, (long)made * width);
+        zero_all(of_up);
+        zero_all(of_down);
         zero(of_up_bias, first);
         zero(of_down_bias, made);
         return;
@@ -160,13 +195,13 @@ static void backward(const Experts *given, int expert, float *sums, float *room)
     const float *weights = given->weights ? given->weights + start : 0;
     float *of_weights = part(given->of_weights, 1, start);
     float *hidden = room + moefold_room(), *of_hidden = hidden + rows * stride;
-    float *of_first = of_hidden + rows * stride;
+    float *of_first = of_hidden + rows * stride, *unrounded = of_first + rows * of_stride;
     const Matrix grad = {(float *)given->grad, 0, given->grad_stride, tokens};
     const Matrix x = {(float *)given->x, 0, given->x_stride, tokens};
     const Matrix of_rows = {of_first, 0, of_stride, 0};
-    const int goes_on = sums || of_up || of_up_bias;
+    const int goes_on = sums || of_up.at || of_up_bias;
     if (goes_on || of_weights)
-        multiply(rows, width, made, grad, as_it_is(given->down, expert),
+        product(rows, width, made, grad, as_it_is(given->down, expert),
                  (Matrix){of_hidden, 0, stride, 0}, (Finish){0, 0, 0}, room);
     moefold_differentiate(&(Hidden){
         .kind = given->activation, .rows = rows, .width = width, .pre = given->pre + start * width,
@@ -179,15 +214,14 @@ static void backward(const Experts *given, int expert, float *sums, float *room)
         add_along(rows, made, grad, of_expert(given->down_bias, expert, made), of_weights);
     if (of_down_bias)
         sum_rows(rows, made, grad, weights, of_down_bias);
-    if (of_down)
-        sum(made, width, rows, grad, (Matrix){hidden, 0, stride, 0},
-            (Matrix){of_down, 0, width, 0}, room);
+    if (of_down.at)
+        sum_to(of_down, rows, grad, (Matrix){hidden, 0, stride, 0}, unrounded, room);
     if (of_up_bias)
         sum_rows(rows, first, of_rows, 0, of_up_bias);
-    if (of_up)
-        sum(first, dim, rows, of_rows, x, (Matrix){of_up, 0, dim, 0}, room);
+    if (of_up.at)
+        sum_to(of_up, rows, of_rows, x, unrounded, room);
     if (sums)
-        multiply(rows, dim, first, of_rows, as_it_is(given->up, expert),
+        product(rows, dim, first, of_rows, as_it_is(given->up, expert),
                  (Matrix){sums, 0, dim, tokens}, (Finish){0, 0, 1}, room);
 }
 

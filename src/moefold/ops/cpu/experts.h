@@ -1,4 +1,5 @@
-/* What the C files of this folder share. float32; all strides count floats. */
+/* What the C files of this folder share. float32, but for the parameters of experts; all strides
+ * count numbers. */
 
 #ifndef MOEFOLD_EXPERTS_H
 #define MOEFOLD_EXPERTS_H
@@ -21,15 +22,25 @@ typedef struct {
     const int64_t *index;
 } Matrix;
 
+/* Numbers of parameters. */
+enum { FLOAT32, BFLOAT16, FLOAT16 };
+
+/* A matrix that rows are multiplied by: it lies as [depth, columns], or if `turned` as
+ * [columns, depth]. */
+typedef struct {
+    const void *at;
+    long stride;
+    int turned, kind;
+} Factor;
+
 /* What becomes of a product: (product + bias) times the row's scale, written or added. */
 typedef struct {
     const float *bias, *scale; /* or 0 */
     int add;
 } Finish;
 
-/* out[rows, columns] = left[rows, depth] @ right, finished. The right factor lies as
- * [depth, columns], or if `turned` as [columns, depth]. */
-void product(int rows, int columns, int depth, Matrix left, Matrix right, int turned, Matrix out,
+/* out[rows, columns] = left[rows, depth] @ right, finished. */
+void product(int rows, int columns, int depth, Matrix left, Factor right, Matrix out,
              Finish finish, float *room);
 
 /* out[lefts, rights] = left.T @ right, of left[depth, lefts] and right[depth, rights]: sums over

@@ -3,7 +3,8 @@
 The slow twin is `experts.backends.fused_torch`; the formulas are in `experts.backends.fused_ops`.
 
 Shapes: `tokens dim` in and `tokens made` out; experts of a hidden `width`; `rows` sorted by expert.
-All of it float32, and nothing but `x`, `grad`, `up` and `down` may have gaps.
+All of it float32, but for the matrices, which may be bfloat16 or float16, and their gradients,
+which are what they are; and nothing but `x`, `grad`, `up` and `down` may have gaps.
 """
 
 import ctypes
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
-from moefold.ops.cpu.team import run_compiled_together
+from moefold.ops.cpu.team import all_threads, run_compiled_together
 
 MOST_ROWS = 1024
 """With more rows, a library that arranges both factors of a product makes up for the copies and the
@@ -25,6 +26,9 @@ passes that it needs beside them (a processor with 512 KiB of level-2 cache)."""
 
 ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 """What the compiled code calls them."""
+
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""Of numbers in matrices, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -73,11 +77,14 @@ class ExpertRows:
     of_down_bias: Tensor | None = None
 
 
-def can_compute(like: Tensor, *stacks: Tensor) -> bool:
-    """Whether compiled code can compute in this dtype with these parameters."""
+def can_compute(like: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether compiled code can compute in this dtype with these matrices."""
     return (
-        all(t.dtype == torch.float32 and t.device.type == "cpu" for t in (like, *stacks))
-        and all(stack.numel() > 0 and 1 in stack.stride()[-2:] for stack in stacks)
+        like.dtype == torch.float32
+        and up.dtype == down.dtype
+        and up.dtype in KINDS
+        and all(t.device.type == "cpu" for t in (like, up, down))
+        and all(t.numel() > 0 and 1 in t.stride()[-2:] for t in (up, down))
         and _functions() is not None
     )
 
@@ -182,11 +189,11 @@ def _run(
     backward: bool,
 ) -> None:
     _check(given)
-    counts, width, functions = given.counts, given.down.shape[2], _known()
+    counts, functions = given.counts, _known()
     many = ctypes.c_int64 * len(counts)
     described = _Experts(
         dim=given.up.shape[2],
-        width=width,
+        width=given.down.shape[2],
         made=given.down.shape[1],
         gated=given.gated,
         activation=ACTIVATIONS[given.activation],
@@ -194,15 +201,13 @@ def _run(
         starts=many(*accumulate(counts[:-1], initial=0)),
         x_stride=given.x.stride(0),
         grad_stride=0 if given.grad is None else given.grad.stride(0),
-        up=_Stack(given.up.data_ptr(), *given.up.stride()),
-        down=_Stack(given.down.data_ptr(), *given.down.stride()),
+        up=_Stack(given.up.data_ptr(), *given.up.stride(), KINDS[given.up.dtype]),
+        down=_Stack(given.down.data_ptr(), *given.down.stride(), KINDS[given.down.dtype]),
         **{name: _start(getattr(given, name)) for name in _TENSORS},
     )
     largest = [max((counts[i] for i in share), default=0) for share in shares]
-    rooms = [
-        torch.empty(functions.room_for(rows, width, given.gated), dtype=torch.float32, device="cpu")
-        for rows in largest
-    ]
+    sizes = [functions.room_for(ctypes.byref(described), rows, backward) for rows in largest]
+    rooms = [torch.empty(size, dtype=torch.float32, device="cpu") for size in sizes]
     parts = zip(shares, sums, rooms, strict=True)
     work = _Work(
         given=ctypes.pointer(described),
@@ -216,10 +221,7 @@ def _run(
         backward=backward,
         next=0,
     )
-    # All of torch's threads, even if some find nothing to do: OpenMP would end those that it does
-    # not need, and start them again for the next operation.
-    threads = max(len(shares), torch.get_num_threads()) if len(shares) > 1 else 1
-    run_compiled_together(functions.work, ctypes.byref(work), threads)
+    run_compiled_together(functions.work, ctypes.byref(work), all_threads(len(shares)))
 
 
 def _check(given: ExpertRows) -> None:
@@ -258,14 +260,15 @@ def _check(given: ExpertRows) -> None:
                 f"{name} is {list(tensor.shape)}, which does not belong to {rows} rows and experts "
                 f"of {dim} to {width} to {made}"
             )
-        _check_memory(name, tensor)
+        kind = given.up.dtype if name in _MATRICES and given.up.dtype in KINDS else torch.float32
+        _check_memory(name, tensor, torch.int64 if name == "tokens" else kind)
 
 
 _WITH_GAPS = ("x", "grad", "up", "down")
+_MATRICES = ("up", "down", "of_up", "of_down")
 
 
-def _check_memory(name: str, tensor: Tensor) -> None:
-    dtype = torch.int64 if name == "tokens" else torch.float32
+def _check_memory(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
     whole = name in _WITH_GAPS or tensor.is_contiguous()
     is_there = tensor.device.type == "cpu" and (tensor.data_ptr() or not tensor.numel())
     if tensor.dtype != dtype or not whole or not is_there:
@@ -285,6 +288,7 @@ class _Stack(ctypes.Structure):
         ("next", ctypes.c_long),
         ("row", ctypes.c_long),
         ("column", ctypes.c_long),
+        ("kind", ctypes.c_int),
     )
 
 
@@ -354,7 +358,8 @@ def _functions() -> _Functions | None:
     one = {"work": found.moefold_work, "room_for": found.moefold_room_for}
     both = {"activate": found.moefold_activate, "differentiate": found.moefold_differentiate}
     one["work"].argtypes, one["work"].restype = [ctypes.c_void_p], None
-    one["room_for"].argtypes, one["room_for"].restype = [ctypes.c_int] * 3, ctypes.c_long
+    one["room_for"].argtypes = [ctypes.POINTER(_Experts), ctypes.c_int, ctypes.c_int]
+    one["room_for"].restype = ctypes.c_long
     for function in both.values():
         function.argtypes, function.restype = [ctypes.POINTER(_Hidden)], None
     return _Functions(**one, **both)

@@ -1,4 +1,5 @@
-/* Products with a few dozen rows, for x86-64 with AVX2 and FMA, float32.
+/* Products with a few dozen rows, for x86-64 with AVX2, FMA and F16C. Computed is in float32;
+ * matrices of two bytes a number become float32 as they are read.
  *
  * An expert has few rows and large matrices. Libraries arrange both factors of a product anew,
  * which pays if each number is then used for hundreds of rows, and not for 64. Here rows are read
@@ -7,7 +8,8 @@
  * their tokens after it: both have an index.
  *
  * A number of a result is one sum in the order of the depth, in steps of DEPTH, or for up to FEW
- * rows eight sums side by side. It depends on its own row and column and on how many rows there are.
+ * rows eight sums side by side. It depends on its own row and column, and on how many rows there
+ * are.
  *
  * All strides count floats. The numbers of a row follow each other; rows need not.
  */
@@ -37,11 +39,11 @@ static void write_out(float *out, const float *from, int columns, int add)
 }
 
 /* Eight rows of eight numbers become eight columns. */
-INLINE void transpose(const float *from, long stride, float *out)
+INLINE void transpose(const int kind, const void *from, long stride, float *out)
 {
     __m256 row[8], pair[8], four[8];
     for (int i = 0; i < 8; i++)
-        row[i] = _mm256_loadu_ps(from + i * stride);
+        row[i] = read_kind(kind, from, i * stride, LANES);
     for (int i = 0; i < 8; i += 2) {
         pair[i] = _mm256_unpacklo_ps(row[i], row[i + 1]);
         pair[i + 1] = _mm256_unpackhi_ps(row[i], row[i + 1]);
@@ -59,32 +61,47 @@ INLINE void transpose(const float *from, long stride, float *out)
 }
 
 /* Up to 16 columns of a right factor [depth, columns] as [depth, 16], zeros where there is none. */
-static void pack_right(int depth, int columns, const float *from, long stride,
+INLINE void pack_right(const int kind, int depth, int columns, const void *from, long stride,
                        const int64_t *index, float *out)
 {
     for (int k = 0; k < depth; k++, out += WIDTH) {
-        const float *row = from + place(index, k) * stride;
-        if (columns == WIDTH) {
-            _mm256_store_ps(out, _mm256_loadu_ps(row));
-            _mm256_store_ps(out + 8, _mm256_loadu_ps(row + 8));
-        } else
-            for (int i = 0; i < WIDTH; i++)
-                out[i] = i < columns ? row[i] : 0;
+        const void *row = number(kind, from, place(index, k) * stride);
+        for (int i = 0; i < WIDTH; i += LANES)
+            _mm256_store_ps(out + i, i < columns ? read_kind(kind, row, i, columns - i)
+                                                 : _mm256_setzero_ps());
     }
 }
 
 /* The same of a right factor that lies as [columns, depth]. */
-static void pack_turned(int depth, int columns, const float *from, long stride, float *out)
+INLINE void pack_turned(const int kind, int depth, int columns, const void *from, long stride,
+                        float *out)
 {
     int k = 0;
     if (columns == WIDTH)
         for (; k + 8 <= depth; k += 8) {
-            transpose(from + k, stride, out + k * WIDTH);
-            transpose(from + k + 8 * stride, stride, out + k * WIDTH + 8);
+            transpose(kind, number(kind, from, k), stride, out + k * WIDTH);
+            transpose(kind, number(kind, from, k + 8 * stride), stride, out + k * WIDTH + 8);
         }
     for (; k < depth; k++)
         for (int i = 0; i < WIDTH; i++)
-            out[k * WIDTH + i] = i < columns ? from[i * stride + k] : 0;
+            out[k * WIDTH + i] =
+                i < columns ? _mm256_cvtss_f32(read_kind(kind, from, i * stride + k, 1)) : 0;
+}
+
+#define PACK(kind) \
+    if (right.turned) \
+        pack_turned(kind, depth, columns, from, right.stride, out); \
+    else \
+        pack_right(kind, depth, columns, from, right.stride, 0, out)
+
+/* Either, of a part of a factor that begins at `from`. */
+static void pack(int depth, int columns, Factor right, const void *from, float *out)
+{
+    switch (right.kind) {
+    case FLOAT32: PACK(FLOAT32); break;
+    case BFLOAT16: PACK(BFLOAT16); break;
+    default: PACK(FLOAT16);
+    }
 }
 
 /* Columns of a left factor that lies as [depth, columns], six by six as [depth, 6]. */
@@ -103,29 +120,30 @@ static void pack_left(int depth, int columns, const float *from, long stride,
 }
 
 /* The next 16 columns of a right factor: two in each of eight calls, or an eighth of the depth. */
-static Ahead next_columns(const float *here, long stride, int turned, int depth, int call)
+static Ahead next_columns(Factor right, const void *here, int depth, int call)
 {
-    if (turned) {
-        const float *column = here + (WIDTH + 2 * call) * stride;
-        return (Ahead){column, column + stride, 16};
+    const long size = right.kind == FLOAT32 ? 4 : 2, stride = size * right.stride;
+    if (right.turned) {
+        const char *column = (const char *)here + (WIDTH + 2 * call) * stride;
+        return (Ahead){column, column + stride, 16 * size};
     }
-    const float *row = here + WIDTH + (long)call * (depth / 8) * stride;
+    const char *row = (const char *)here + WIDTH * size + (long)call * (depth / 8) * stride;
     return (Ahead){row, row + stride, 2 * stride};
 }
 
 /* `product` of a few rows with columns whose numbers follow each other: a matrix is read once, as
  * fast as memory gives it. A number is the sum of eight sums, each of every eighth step. */
-INLINE void few_rows(const int rows, int columns, int depth, Matrix left, Matrix right, Matrix out,
-                     Finish finish)
+INLINE void few_rows(const int kind, const int rows, int columns, int depth, Matrix left,
+                     Factor right, Matrix out, Finish finish)
 {
     const float *lefts[FEW];
     for (int i = 0; i < rows; i++)
         lefts[i] = left.at + place(left.index, i) * left.stride;
     for (int column = 0; column < columns; column += ABREAST) {
         const int wide = least(ABREAST, columns - column);
-        const float *at[ABREAST];
+        const void *at[ABREAST];
         for (int j = 0; j < ABREAST; j++) /* the last one again where there are fewer */
-            at[j] = right.at + (column + least(j, wide - 1)) * right.stride;
+            at[j] = number(kind, right.at, (column + least(j, wide - 1)) * right.stride);
         __m256 sums[FEW][ABREAST];
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < ABREAST; j++)
@@ -135,10 +153,10 @@ INLINE void few_rows(const int rows, int columns, int depth, Matrix left, Matrix
             for (int i = 0; i < rows; i++)
                 factors[i] = read(lefts[i] + k, depth - k);
             for (int j = 0; j < ABREAST; j++) {
-                __builtin_prefetch(at[j] + ABREAST * right.stride + k, 0, 2);
-                const __m256 number = read(at[j] + k, depth - k);
+                __builtin_prefetch(number(kind, at[j], ABREAST * right.stride + k), 0, 2);
+                const __m256 numbers = read_kind(kind, at[j], k, depth - k);
                 for (int i = 0; i < rows; i++)
-                    MULTIPLY_ADD(sums[i][j], factors[i], number);
+                    MULTIPLY_ADD(sums[i][j], factors[i], numbers);
             }
         }
         for (int i = 0; i < rows; i++) {
@@ -153,17 +171,23 @@ INLINE void few_rows(const int rows, int columns, int depth, Matrix left, Matrix
     }
 }
 
-/* Needs DEPTH * WIDTH floats of the room. */
-void product(int rows, int columns, int depth, Matrix left, Matrix right, int turned, Matrix out,
-             Finish finish, float *room)
-{
-    if (turned && rows <= FEW) {
-        switch (rows) {
-        case 1: few_rows(1, columns, depth, left, right, out, finish); return;
-        case 2: few_rows(2, columns, depth, left, right, out, finish); return;
-        case 3: few_rows(3, columns, depth, left, right, out, finish); return;
-        }
+#define FEW_ROWS(kind) \
+    switch (rows) { \
+    case 1: few_rows(kind, 1, columns, depth, left, right, out, finish); return; \
+    case 2: few_rows(kind, 2, columns, depth, left, right, out, finish); return; \
+    case 3: few_rows(kind, 3, columns, depth, left, right, out, finish); return; \
     }
+
+/* Needs DEPTH * WIDTH floats of the room. */
+void product(int rows, int columns, int depth, Matrix left, Factor right, Matrix out, Finish finish,
+             float *room)
+{
+    if (right.turned && rows <= FEW)
+        switch (right.kind) {
+        case FLOAT32: FEW_ROWS(FLOAT32) break;
+        case BFLOAT16: FEW_ROWS(BFLOAT16) break;
+        default: FEW_ROWS(FLOAT16)
+        }
     /* As many rows at a time as cache keeps, in parts of like size. */
     const int limit = least(MOST, ROWS * DEPTH / least(DEPTH, depth) / HEIGHT * HEIGHT);
     const int parts = (rows + limit - 1) / limit;
@@ -182,12 +206,10 @@ void product(int rows, int columns, int depth, Matrix left, Matrix right, int tu
             const int steps = least(DEPTH, depth - from), adds = finish.add || from;
             for (int column = 0; column < columns; column += WIDTH) {
                 const int wide = least(WIDTH, columns - column);
-                const float *here = right.at + (turned ? column * right.stride + from
+                const void *here = number(right.kind, right.at,
+                                          right.turned ? column * right.stride + from
                                                        : from * right.stride + column);
-                if (turned)
-                    pack_turned(steps, wide, here, right.stride, room);
-                else
-                    pack_right(steps, wide, here, right.stride, 0, room);
+                pack(steps, wide, right, here, room);
                 const float *bias = finish.bias && !from ? finish.bias + column : 0;
                 if (bias && wide < WIDTH) {
                     write_out(edge_bias, bias, wide, 0);
@@ -198,8 +220,8 @@ void product(int rows, int columns, int depth, Matrix left, Matrix right, int tu
                     const int high = least(HEIGHT, some - i);
                     const float *scale = finish.scale ? finish.scale + row + i : 0;
                     const Ahead ahead = more && call < 8
-                        ? next_columns(here, right.stride, turned, steps, call)
-                        : (Ahead){lefts[i], lefts[i], 0};
+                        ? next_columns(right, here, steps, call)
+                        : (Ahead){(const char *)lefts[i], (const char *)lefts[i], 0};
                     if (wide == WIDTH) {
                         TILES[high](steps, lefts + i, from, room, outs + i, column,
                                     (Finish){bias, scale, adds}, ahead);
@@ -231,8 +253,8 @@ void sum(int lefts, int rights, int depth, Matrix left, Matrix right, Matrix out
         for (int column = 0; column < rights; column += strip) {
             const int wide = least(strip, rights - column), tiles = wide / WIDTH;
             for (int i = 0; i < wide; i += WIDTH)
-                pack_right(steps, least(WIDTH, wide - i), right_at + column + i, right.stride,
-                           right_index, room + (long)i * steps);
+                pack_right(FLOAT32, steps, least(WIDTH, wide - i), right_at + column + i,
+                           right.stride, right_index, room + (long)i * steps);
             const float *last = room + (long)tiles * WIDTH * steps;
             for (int i = 0; i < lefts; i += HEIGHT) {
                 if (i % ROWS == 0)
@@ -267,17 +289,18 @@ EXPORT long moefold_room(void) { return STRIP + ROWS * SHORT; }
  * stride between rows, index of its rows. */
 EXPORT void moefold_products(int experts, int rows, int columns, int depth,
                       float *left_at, long left_next, long left_stride, const int64_t *left_index,
-                      float *right_at, long right_next, long right_stride, int turned,
+                      const void *right_at, long right_next, long right_stride, int turned,
+                      int kind,
                       float *out_at, long out_next, long out_stride, const int64_t *out_index,
                       const float *bias, long bias_next, const float *scale, int add, float *room)
 {
     Matrix left = {left_at, left_next, left_stride, left_index};
-    Matrix right = {right_at, right_next, right_stride, 0};
+    Factor right = {right_at, right_stride, turned, kind};
     Matrix out = {out_at, out_next, out_stride, out_index};
     for (; experts; experts--) {
-        product(rows, columns, depth, left, right, turned, out, (Finish){bias, scale, add}, room);
+        product(rows, columns, depth, left, right, out, (Finish){bias, scale, add}, room);
         to_next(&left, rows);
-        to_next(&right, 0);
+        right.at = number(kind, right.at, right_next);
         to_next(&out, rows);
         bias = bias ? bias + bias_next : 0;
         scale = scale ? scale + rows : 0;

@@ -1,8 +1,9 @@
 """Matrix products with a few dozen rows by compiled code; slow twins: `torch.mm` and `torch.bmm`.
 
 Shapes: `[rows, depth] @ [depth, columns]`, or stacks of both, `[experts, rows, depth] @ [experts,
-depth, columns]`. All of it float32. With an index, a factor is `[tokens, depth]` and its rows are
-those that the index, `[rows]` or `[experts * rows]`, names. None of the sizes is 0.
+depth, columns]`. All of it float32, but for the right factor of `product`, which may be bfloat16 or
+float16. With an index, a factor is `[tokens, depth]` and its rows are those that the index,
+`[rows]` or `[experts * rows]`, names. None of the sizes is 0.
 
 Experts multiply within compiled code (`experts.c`); this is the entrance for tests and benchmarks.
 """
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
+from moefold.ops.cpu.experts import KINDS
 
 
 def make_room() -> Tensor | None:
@@ -64,6 +66,7 @@ def product(
         right.stride(0),
         right.stride(-1 if turned else -2),
         turned,
+        KINDS[right.dtype],
         *_place(out, out_index),
         None if bias is None else bias.data_ptr(),
         0 if bias is None or bias.ndim == 1 else bias.stride(0),
@@ -122,7 +125,7 @@ def _functions() -> _Functions | None:
     i, n, p = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
     matrix = (p, n, n)
     product, sums = found.moefold_products, found.moefold_sums
-    product.argtypes = [i, i, i, i, *matrix, p, *matrix, i, *matrix, p, p, n, p, i, p]
+    product.argtypes = [i, i, i, i, *matrix, p, *matrix, i, i, *matrix, p, p, n, p, i, p]
     sums.argtypes = [i, i, i, i, *matrix, p, *matrix, p, *matrix, p]
     product.restype = sums.restype = None
     found.moefold_room.restype = n

@@ -33,6 +33,15 @@ if hasattr(os, "register_at_fork"):
 _Body = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
+def all_threads(parts: int) -> int:
+    """How many threads to call for some work in parts: all of torch's, or the calling one.
+
+    All, even if some find nothing to do: OpenMP would end those that it does not need, and start
+    them again for the next operation.
+    """
+    return max(parts, torch.get_num_threads()) if parts > 1 else 1
+
+
 def run_together(work: Callable[[], None], threads: int) -> None:
     """Call a function once in each of several threads, and wait for all of them.
 

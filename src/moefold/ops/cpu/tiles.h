@@ -13,8 +13,8 @@ enum {
 
 /* What to fetch while computing: two lines for every 16 steps of depth. */
 typedef struct {
-    const float *one, *other;
-    long step;
+    const char *one, *other;
+    long step; /* in bytes */
 } Ahead;
 
 /* As written: compilers would use a form that needs copies of the accumulators. */
@@ -112,7 +112,7 @@ static Tile *const TILES[HEIGHT + 1] = {0, tile1, tile2, tile3, tile4, tile5, ti
         int depth, const float *left, const float *right, float *const *out, long column, \
         int tiles, int add) \
     { \
-        const Ahead nothing = {left, left, 0}; \
+        const Ahead nothing = {(const char *)left, (const char *)left, 0}; \
         for (; tiles; tiles--, right += (long)depth * WIDTH, column += WIDTH) { \
             for (int i = 0; i < height; i++) \
                 __builtin_prefetch(out[i] + column, 1, 3); \
