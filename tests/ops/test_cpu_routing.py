@@ -122,6 +122,22 @@ def test_memory_with_gaps_is_read_as_it_is_meant():
     assert torch.equal(of_scores, chosen.float())
 
 
+def test_memory_is_on_the_cpu_whatever_the_defaults():
+    scores = torch.rand(20, 6).requires_grad_()
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            chosen, weights = routing.choose(scores.detach(), scores, 2)
+            found = routing.list_rows(chosen, weights)
+            (of_scores,) = torch.autograd.grad(found[1].sum(), scores)
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, list_reference(chosen, weights), strict=True):
+        assert torch.equal(one, other)
+    assert torch.equal(of_scores, chosen.float())
+
+
 def test_second_derivatives():
     scores, of_row = torch.rand(20, 6).requires_grad_(), torch.randn(40).requires_grad_()
 

@@ -150,7 +150,9 @@ class _List(torch.autograd.Function):
         if not torch.is_grad_enabled() and serves(of_row, indices=[token, counts]):
             return None, _of_pair(ctx.tokens, token, counts, of_row)
         experts = counts.shape[0]
-        place = token * experts + torch.arange(experts).repeat_interleave(counts)
+        place = token * experts + torch.arange(experts, device=token.device).repeat_interleave(
+            counts
+        )
         of_pair = of_row.new_zeros(ctx.tokens * experts).scatter(0, place, of_row)
         return None, of_pair.reshape(ctx.tokens, experts)
 
@@ -238,8 +240,9 @@ _chosen.register_autograd(_differentiate, setup_context=_keep)
 def _listed(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     chosen, weights = chosen.contiguous(), weights.contiguous()
     tokens, experts = chosen.shape
-    places = torch.empty(-(-tokens // BLOCK), experts, dtype=torch.int64)
-    counts = torch.empty(experts, dtype=torch.int64)
+    # As the input, whatever the default device is.
+    places = chosen.new_empty(-(-tokens // BLOCK), experts, dtype=torch.int64)
+    counts = chosen.new_empty(experts, dtype=torch.int64)
     work = _Listing(
         tokens=tokens,
         block=BLOCK,
@@ -251,7 +254,7 @@ def _listed(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     functions, threads = _known(), _threads_for(chosen)
     run_compiled_together(functions.list, ctypes.byref(work), threads)
     rows = functions.places(ctypes.byref(work), counts.data_ptr())
-    token, weight = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=torch.float32)
+    token, weight = chosen.new_empty(rows, dtype=torch.int64), weights.new_empty(rows)
     if rows:
         work.token_of_row, work.weight_of_row, work.next = token.data_ptr(), weight.data_ptr(), 0
         run_compiled_together(functions.list, ctypes.byref(work), threads)
@@ -260,7 +263,7 @@ def _listed(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _of_pair(tokens: int, token: Tensor, counts: Tensor, of_row: Tensor) -> Tensor:
     token, counts, of_row = (part.contiguous() for part in (token, counts, of_row))
-    of_pair = torch.zeros(tokens, counts.shape[0], dtype=torch.float32)
+    of_pair = of_row.new_zeros(tokens, counts.shape[0])
     _known().unlist(
         counts.shape[0], counts.data_ptr(), token.data_ptr(), of_row.data_ptr(), of_pair.data_ptr()
     )
