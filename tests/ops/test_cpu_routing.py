@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moefold.ops.cpu import routing
 from moefold.ops.rows import list_reference
@@ -81,6 +82,9 @@ def test_what_is_infinite_takes_part_and_what_is_no_number_does_not():
     contest = torch.tensor([[-math.inf, 1.0, -math.inf], [math.nan, -math.inf, math.nan]])
     chosen, _ = routing.choose(contest, torch.ones(2, 3), 2)
     assert chosen.tolist() == [[True, True, False], [False, True, False]]
+    # None is taken twice.
+    chosen, _ = routing.choose(torch.full((1, 4), -math.inf), torch.ones(1, 4), 3)
+    assert chosen.tolist() == [[True, True, True, False]]
 
 
 def test_padding_chooses_nothing():
@@ -167,6 +171,27 @@ def test_who_wants_no_gradient_gets_no_graph():
         _, weight_of_row, _ = routing.list_rows(chosen, weights)
     assert weights.grad_fn is None
     assert weight_of_row.grad_fn is None
+
+
+class Seen(TorchDispatchMode):
+    """Remembers the names of operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Run it."""
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_operators():
+    scores = torch.rand(4, 3).requires_grad_()
+    with Seen() as seen:
+        _, weights = routing.choose(scores.detach(), scores, 1)
+        weights.sum().backward()
+    assert {"moefold.choose.default", "moefold.choose_backward.default"} <= seen.names
 
 
 class Marked(Tensor):

@@ -65,11 +65,10 @@ INLINE __m128i narrow(const int kind, __m256 numbers)
     const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
     const __m256i rounded = _mm256_add_epi32(bits, half);
-    /* What is not a number could become infinite or zero that way: it stays one. */
-    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    /* What is not a number could become zero that way: it keeps its upper half. */
     const __m256 no_number = _mm256_cmp_ps(numbers, numbers, _CMP_UNORD_Q);
     const __m256i upper = _mm256_srli_epi32(_mm256_blendv_epi8(
-        rounded, quiet, _mm256_castps_si256(no_number)), 16);
+        rounded, bits, _mm256_castps_si256(no_number)), 16);
     return _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1));
 }
 
