@@ -350,7 +350,7 @@ def test_one_graph_computes_what_the_reference_does(
     assert counter.frame_count == 2
     for graph in counter.graphs:
         operators = {str(node.target) for node in graph.graph.nodes}
-        assert "moefold.fused_mixture.default" in operators
+        assert "moefold.fused_experts.default" in operators
 
 
 @pytest.mark.parametrize("router", [TOP_2, UNIFIED], ids=str)

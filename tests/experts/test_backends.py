@@ -33,10 +33,12 @@ from moefold.experts.backends import (
 from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.fused_blocks import Blocks, room
 from moefold.experts.backends.fused_hidden import WRITTEN
+from moefold.experts.backends.fused_ops import work_dtype
 from moefold.experts.backends.fused_workers import run_on, share_out, workers_for
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.ops.cpu import experts as cpu_experts
+from moefold.ops.grouped import padded
 from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
 from moefold.testing.contract import run
 from moefold.testing.mixers import mix_problem, solve_mix
@@ -173,8 +175,32 @@ def test_fused_keeps_nothing_where_nothing_is_learnt():
     w = experts.weights
     for keep, kept in ((False, 0), (True, 9 * 5)):
         args = (w.up, w.down, None, None, True, "silu", rows.dtype, keep)
-        _, pre, value = torch.ops.moefold.fused_mixture(rows, torch.arange(9), None, counts, *args)
+        _, pre, value = torch.ops.moefold.fused_experts(rows, torch.arange(9), None, counts, *args)
         assert (pre.numel(), value.numel()) == (kept, kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("compiled", [False, True], ids=["by torch", "compiled"])
+def test_fused_keeps_what_a_linear_layer_of_torch_keeps(dtype, compiled, monkeypatch):
+    # The first product in the dtype of the result, even if it was computed in another; for 5 rows,
+    # and for more than compiled code takes.
+    if not compiled:
+        monkeypatch.setattr(cpu_experts, "can_compute", lambda like, *stacks: False)
+    experts, counts = Experts(2, 6, 5, dtype=dtype), torch.tensor([5, 1100])
+    w, rows = experts.weights, torch.randn(1105, 6, dtype=dtype)
+    args = (w.up, w.down, None, None, True, "silu", dtype, True)
+    _, *kept = torch.ops.moefold.fused_experts(rows, torch.arange(1105), None, counts, *args)
+    size, kind = padded(5, rows.new_empty(0, dtype=work_dtype(dtype))), torch.finfo(dtype)
+    for part, half in zip(kept, w.up.detach().chunk(2, 1), strict=True):
+        assert part.dtype == dtype
+        for own, expert, start in ((rows[:5], 0, 0), (rows[5:], 1, size)):
+            own, matrix = own.double(), half[expert].double().T
+            exact, terms = own @ matrix, own.abs() @ matrix.abs()
+            # Six products summed in float32 or better, rounded once at the end.
+            bound = (
+                6 * 2.0**-24 * terms + kind.eps / 2 * exact.abs() + kind.smallest_normal * kind.eps
+            )
+            assert ((part[start : start + len(own)] - exact).abs() <= bound).all()
 
 
 def test_fused_refuses_a_second_derivative():
@@ -186,6 +212,17 @@ def test_fused_refuses_a_second_derivative():
         first.sum().backward()
 
 
+@pytest.mark.parametrize("backend", PRIORITY)
+def test_gradients_in_a_batch(backend):
+    experts, counts = Experts(3, 6, 5), torch.tensor([4, 0, 5])
+    rows = torch.randn(9, 6, requires_grad=True)
+    found, each = experts(rows, counts, backend).sum(1), torch.eye(9)
+    (batch,) = torch.autograd.grad(found, rows, each, is_grads_batched=True, retain_graph=True)
+    for gradient, one in zip(batch, each, strict=True):
+        (expected,) = torch.autograd.grad(found, rows, one, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
 def test_grouped_has_a_second_derivative():
     experts = Experts(3, 4, 3, bias=True, activation="tanh", dtype=torch.float64)
     rows = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
@@ -193,9 +230,12 @@ def test_grouped_has_a_second_derivative():
     assert torch.autograd.gradgradcheck(lambda r: experts(r, counts, "grouped"), rows)
 
 
+@pytest.mark.parametrize("compiled", [False, True], ids=["by torch", "compiled"])
 @pytest.mark.parametrize("wide", [False, True], ids=["as it is", "in float32"])
-def test_fused_computes_low_precision_either_way(wide, monkeypatch):
+def test_fused_computes_low_precision_either_way(wide, compiled, monkeypatch):
     # What this processor does not do by itself is done all the same, padded blocks included.
+    if not compiled:
+        monkeypatch.setattr(cpu_experts, "can_compute", lambda like, *stacks: False)
     monkeypatch.setattr(
         fused_ops,
         "work_dtype",
@@ -312,7 +352,7 @@ def test_fused_shows_itself_to_a_mode_and_computes_the_same_without_one():
     plain = solve_mix(FusedBackend().mix, given)
     with _Seen() as seen:
         watched = solve_mix(FusedBackend().mix, given)
-    assert seen.names == ["fused_mixture", "fused_mixture_backward"]
+    assert seen.names == ["fused_experts", "fused_experts_backward"]
     for name, tensor in plain.items():
         assert torch.equal(tensor, watched[name]), name
 
@@ -366,7 +406,7 @@ def test_fused_operators_are_registered_right():
         tokens = torch.tensor([0, 2, 3, 6, 1, 2, 3, 4, 5, 6, 0, 0])  # two spare rows
         args = (w.up, w.down, w.up_bias, w.down_bias, gated, "silu", dtype, True)
         given = (x, tokens, weight, torch.tensor([4, 0, 6]), *args)
-        torch.library.opcheck(torch.ops.moefold.fused_mixture.default, given)
+        torch.library.opcheck(torch.ops.moefold.fused_experts.default, given)
 
 
 @pytest.mark.parametrize("backend", PRIORITY)

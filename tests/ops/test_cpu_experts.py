@@ -83,8 +83,9 @@ def test_a_number_does_not_depend_on_its_place(name):
 
 
 def problem(
-    counts, dim, width, made, *, gated, bias, weighted, turned=False, dtype=torch.float32, **kind
-) -> ExpertRows:
+    counts, dim, width, made, *, gated, bias, weighted, turned=False, dtype=torch.float32,
+    of_rows=torch.float32, **kind
+) -> ExpertRows:  # fmt: skip
     """Random experts and rows, everything with gaps that may have them; spare rows and tokens."""
     rows, tokens, first = sum(counts), max(counts) + 5, (2 if gated else 1) * width
 
@@ -96,15 +97,15 @@ def problem(
         counts=counts,
         tokens=torch.randint(tokens, (rows + 2,)),
         weights=torch.rand(rows + 2) if weighted else None,
-        x=torch.randn(tokens, dim + 3)[:, :dim],
+        x=torch.randn(tokens, dim + 3).to(of_rows)[:, :dim],
         up=stack(first, dim),
         down=stack(made, width),
         up_bias=torch.randn(len(counts), first) if bias else None,
         down_bias=torch.randn(len(counts), made) if bias else None,
-        pre=torch.full((rows, width), math.nan),
-        value=torch.full((rows, width), math.nan) if gated else None,
+        pre=torch.full((rows, width), math.nan, dtype=of_rows),
+        value=torch.full((rows, width), math.nan, dtype=of_rows) if gated else None,
         gated=gated,
-        grad=torch.randn(tokens, made + 2)[:, :made],
+        grad=torch.randn(tokens, made + 2).to(of_rows)[:, :made],
         **{"activation": "silu", **kind},
     )
 
@@ -135,10 +136,18 @@ def twin(given: ExpertRows) -> dict[str, Tensor]:
     return {"result": sums.detach(), **found}
 
 
-def compiled(
-    given: ExpertRows, shares, wanted=("x", "weights", "up", "down", "up_bias", "down_bias")
-):
+EVERY = ("x", "weights", "up", "down", "up_bias", "down_bias")
+
+
+def compiled(given: ExpertRows, shares, wanted=EVERY) -> dict[str, Any]:
     """The same by compiled code; memory for what is not wanted is not there."""
+    sums = [torch.zeros(given.x.shape[0], given.down.shape[1]) for _ in shares]
+    experts.forward(given, shares, sums)
+    return {"result": sum(sums), **gradients(given, shares, wanted)}
+
+
+def gradients(given: ExpertRows, shares, wanted=EVERY) -> dict[str, Any]:
+    """Of the backward pass alone, from what was kept."""
 
     def like(name):
         tensor = getattr(given, name)
@@ -146,8 +155,6 @@ def compiled(
             return None
         return torch.full(tensor.shape, 0.0 if name == "weights" else math.nan, dtype=tensor.dtype)
 
-    sums = [torch.zeros(given.x.shape[0], given.down.shape[1]) for _ in shares]
-    experts.forward(given, shares, sums)
     for_x = "x" in wanted
     of_x: list[Any] = [torch.zeros(given.x.shape) if for_x else None for _ in shares]
     made: dict[str, Any] = {
@@ -155,7 +162,7 @@ def compiled(
     }
     experts.backward(replace(given, **{f"of_{n}": t for n, t in made.items()}), shares, of_x)
     made["x"] = sum(of_x) if for_x else None
-    return {"result": sum(sums), **{n: t for n, t in made.items() if t is not None}}
+    return {n: t for n, t in made.items() if t is not None}
 
 
 def assert_agree(got: dict[str, Tensor], want: dict[str, Tensor], terms: int) -> None:
@@ -207,6 +214,34 @@ def test_matrices_of_two_bytes_a_number(counts, dim, width, made, gated, dtype):
         got = compiled(given, [range(len(counts))])
         assert got["up"].dtype == got["down"].dtype == dtype
         assert_agree(got, twin(given), terms=dim + 2 * width + made + max(counts))
+
+
+def widened(part: Any) -> Any:
+    return part.float() if isinstance(part, Tensor) and part.is_floating_point() else part
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "dim", "width", "made"),
+    # The last is of gradients so large that they are rounded part by part.
+    [*SHAPES, ((2, 7), 2750, 130, 200), ((5,), 40, 2750, 130)],
+)
+def test_two_bytes_a_number_are_what_float32_makes_of_them(counts, dim, width, made, gated, dtype):
+    given = problem(
+        counts, dim, width, made, gated=gated, bias=True, weighted=True, dtype=dtype, of_rows=dtype
+    )
+    names, shares = ExpertRows.__dataclass_fields__, [range(len(counts))]
+    wide = ExpertRows(**{name: widened(getattr(given, name)) for name in names})
+    got, want = compiled(given, shares), compiled(wide, shares)
+    assert torch.equal(got["result"], want["result"])
+    kept = ("pre", "value") if gated else ("pre",)
+    for name in kept:
+        assert torch.equal(getattr(given, name), getattr(wide, name).to(dtype)), name
+    # What was rounded is all that the backward pass has.
+    again = gradients(replace(wide, **{n: getattr(given, n).float() for n in kept}), shares)
+    for name, gradient in again.items():
+        assert torch.equal(got[name], gradient.to(got[name].dtype)), name
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -264,7 +299,8 @@ def test_nobody_writes_where_nothing_was_asked_for(dtype, monkeypatch):
         rooms.append(longer[size:])
         return longer[:size]
 
-    given = problem((9, 0, 97, 2), 33, 18, 10, gated=True, bias=True, weighted=True, dtype=dtype)
+    kind: dict[str, Any] = {"dtype": dtype, "of_rows": dtype}
+    given = problem((9, 0, 97, 2), 33, 18, 10, gated=True, bias=True, weighted=True, **kind)
     monkeypatch.setattr(experts.torch, "empty", poisoned)
     try:
         got = compiled(given, [[0, 2], [1, 3]])
@@ -306,7 +342,8 @@ def test_memory_that_is_not_as_it_was_promised_is_refused():
     freed.untyped_storage().resize_(0)
     wrong = {
         "pre": given.pre.T.contiguous().T,
-        "value": given.pre.double(),
+        "value": given.pre.half(),
+        "x": given.x.double(),
         "up_bias": given.up_bias.to("meta"),
         "tokens": given.tokens.int(),
         "up": given.up.double(),

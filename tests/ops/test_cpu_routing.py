@@ -4,6 +4,7 @@ Shapes: `tokens experts` pairs.
 """
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -11,12 +12,17 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from moefold.ops.cpu import routing
-from moefold.ops.rows import list_reference
+from moefold.ops.rows_torch import list_reference
 from moefold.ops.select import top
-from moefold.ops.weigh import weigh
-from moefold.routers import RouterConfig
+from moefold.ops.weigh import weigh, weigh_backward
+from moefold.routers import Recipe, RouterConfig
+from moefold.routers.choice import TopExperts
+from moefold.routers.score import Sigmoid
+from moefold.routers.sparse import LogitRouter
+from moefold.routers.weight import Weight
 from moefold.routing import SparseRouting
 from tests.ops.compiled_here import needs_compiled_code
 
@@ -24,7 +30,10 @@ pytestmark = needs_compiled_code
 
 # Around 8 experts, which are read at once, and 256 tokens, which a thread takes at once; from the
 # fourth on there are pairs enough for several threads.
-SIZES = [(0, 8, 2), (1, 1, 1), (255, 3, 3), (700, 64, 8), (513, 130, 32), (40, 1024, 5)]
+SIZES = [
+    *((0, 8, 2), (1, 1, 1), (255, 3, 3), (700, 64, 8), (513, 130, 32), (40, 1024, 5)),
+    (2100, 20, 2),
+]
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -126,6 +135,13 @@ def test_memory_with_gaps_is_read_as_it_is_meant():
     assert torch.equal(of_scores, chosen.float())
 
 
+def test_a_mark_is_any_byte_but_zero():
+    marks = torch.arange(256, dtype=torch.uint8).reshape(8, 32).view(torch.bool)
+    found = routing.list_rows(marks, torch.ones(8, 32))
+    for one, other in zip(found, list_reference(marks, torch.ones(8, 32)), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_memory_is_on_the_cpu_whatever_the_defaults():
     scores = torch.rand(20, 6).requires_grad_()
     before = torch.get_default_dtype()
@@ -164,6 +180,48 @@ def test_second_derivatives():
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_gradient_by_torch_is_that_of_autograd(normalize):
+    # What was not chosen is as good as not there, whatever it is.
+    scores = torch.rand(20, 6, dtype=torch.float64)
+    scores[:, 3], scores[:, 4] = math.inf, math.nan
+    chosen, of_weights = torch.rand(20, 6) < 0.5, torch.randn(20, 6, dtype=torch.float64)
+    chosen[:, 3:5] = False
+    scores.requires_grad_()
+    weights = weigh(chosen, scores, normalize, 1.5)
+    (expected,) = torch.autograd.grad(weights, scores, of_weights)
+    found = weigh_backward(chosen, scores, of_weights, normalize, 1.5)
+    assert expected.isfinite().all()
+    torch.testing.assert_close(found, expected)
+
+
+ROUTER = RouterConfig("token-choice", {"k": 2, "renormalize": True})
+
+
+def test_gradients_in_a_batch():
+    router, x = ROUTER.build(16, 6), torch.randn(1, 5, 16, requires_grad=True)
+    weights, each = router(x).weight_of_row, torch.eye(10)
+    (found,) = torch.autograd.grad(weights, x, each, is_grads_batched=True, retain_graph=True)
+    for gradient, one in zip(found, each, strict=True):
+        (expected,) = torch.autograd.grad(weights, x, one, retain_graph=True)
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_checkpointing_may_be_watched_once(where):
+    router, x = ROUTER.build(16, 6), torch.randn(2, 10, 16, requires_grad=True)
+
+    def run(x: Tensor) -> Tensor:
+        return router(x).weight_of_row.square().sum()
+
+    (expected,) = torch.autograd.grad(run(x), x)
+    with Seen() if where == "forward" else nullcontext():
+        made = checkpoint(run, x, use_reentrant=False)
+    with Seen() if where == "backward" else nullcontext():
+        made.backward()
+    torch.testing.assert_close(x.grad, expected)
+
+
 def test_who_wants_no_gradient_gets_no_graph():
     scores = torch.rand(4, 3).requires_grad_()
     with torch.no_grad():
@@ -189,9 +247,10 @@ class Seen(TorchDispatchMode):
 def test_a_mode_sees_operators():
     scores = torch.rand(4, 3).requires_grad_()
     with Seen() as seen:
-        _, weights = routing.choose(scores.detach(), scores, 1)
-        weights.sum().backward()
-    assert {"moefold.choose.default", "moefold.choose_backward.default"} <= seen.names
+        chosen, weights = routing.choose(scores.detach(), scores, 1)
+        routing.list_rows(chosen, weights)[1].sum().backward()
+    own = {"moefold.choose.default", "moefold.choose_backward.default"}
+    assert own | {"aten.nonzero.default"} <= seen.names
 
 
 class Marked(Tensor):
@@ -228,10 +287,10 @@ def test_what_must_be_seen_is_left_to_torch():
     ("call", "why"),
     [
         (lambda: routing.choose(torch.ones(3, 2), torch.ones(3, 4), 1), "contest is"),
-        (lambda: routing.choose(torch.ones(3, 2), torch.ones(3, 2), 3), "k is 3 of 2"),
-        (lambda: routing.choose(torch.ones(3, 2), torch.ones(3, 2), 0), "k is 0"),
-        (lambda: routing.choose(torch.ones(1, 40), torch.ones(1, 40), 33), "k is 33 of 40"),
-        (lambda: routing.choose(torch.ones(1, 1025), torch.ones(1, 1025), 1), "1025"),
+        (lambda: routing.choose(torch.ones(3, 2), torch.ones(3, 2), 3), "k is 3; .* 1 to 2"),
+        (lambda: routing.choose(torch.ones(3, 2), torch.ones(3, 2), 0), "k is 0; .* 1 to 2"),
+        (lambda: routing.choose(torch.ones(1, 40), torch.ones(1, 40), 33), "k is 33; .* 1 to 32"),
+        (lambda: routing.choose(torch.ones(1, 1025), torch.ones(1, 1025), 1), "1025 experts; at"),
         (
             lambda: routing.choose(
                 torch.ones(3, 2), torch.ones(3, 2), 1, real=torch.ones(2, dtype=torch.bool)
@@ -254,7 +313,7 @@ def test_sizes_that_compiled_code_would_read_beyond_are_refused(call, why):
     [
         RouterConfig("token-choice", {"k": 2, "renormalize": True}),
         RouterConfig("token-choice", {"k": 1}),
-        RouterConfig("bias-balanced", {"k": 3}),
+        RouterConfig("bias-balanced", {"k": 3, "scale": 2.5}),
         RouterConfig("expert-choice"),
     ],
     ids=lambda config: config.name,
@@ -262,6 +321,8 @@ def test_sizes_that_compiled_code_would_read_beyond_are_refused(call, why):
 @pytest.mark.parametrize("masked", [False, True], ids=["all real", "masked"])
 def test_a_router_makes_the_same_routing_without_a_compiler(config, masked, monkeypatch):
     router = config.build(16, 6)
+    for bias in router.buffers():  # so that it decides, and does not weigh
+        bias.copy_(torch.linspace(-0.2, 0.2, 6))
     mask = torch.rand(3, 50) < 0.7 if masked else None
     x = torch.randn(3, 50, 16)
 
@@ -302,3 +363,81 @@ def test_the_operator_of_a_graph_computes_without_a_compiler(normalize, monkeypa
     assert torch.equal(chosen, slow_chosen)
     torch.testing.assert_close(weights, slow_weights, rtol=rounding(2), atol=0)
     torch.testing.assert_close(of_scores, slow_of_scores)
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "fits"), [(40, 32, True), (40, 33, False), (1025, 1, False)]
+)
+def test_a_router_of_any_size_routes(experts, k, fits, monkeypatch):
+    choose, asked = routing.choose, []
+    monkeypatch.setattr(routing, "choose", lambda *a, **b: asked.append(1) or choose(*a, **b))
+    made = RouterConfig("token-choice", {"k": k}).build(8, experts)(torch.randn(1, 12, 8))
+    assert made.rows_per_expert.sum() == 12 * k
+    assert bool(asked) == fits
+
+
+@pytest.mark.compile
+def test_operators_are_registered_right():
+    wide = torch.rand(7, 20)
+    for scores in (wide, wide.t(), wide[:, ::2]):
+        own = scores.detach().requires_grad_()
+        chosen, of_weights = top(scores, 2, 1), torch.rand(1).expand(scores.shape)
+        given = own.detach(), own, 2, torch.rand(len(scores)) < 0.7, True, 1.5
+        # The check of a whole graph adds results up, which it cannot do with marks and numbers.
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(torch.ops.moefold.choose.default, given, test_utils=checks)
+        given = chosen, own.detach(), of_weights, True, 1.5
+        torch.library.opcheck(torch.ops.moefold.choose_backward.default, given)
+
+
+@pytest.mark.compile
+def test_scores_may_lie_anyhow_in_a_graph():
+    recipe = Recipe(score=Sigmoid(), choice=TopExperts(k=2), weight=Weight(normalize="chosen"))
+    router, raw = LogitRouter(6, recipe), torch.randn(6, 20)
+
+    def weights(raw: Tensor) -> Tensor:
+        return router(raw.unsqueeze(0).transpose(1, 2)).weight_of_row
+
+    found = torch.compile(weights, fullgraph=True)(raw)
+    torch.testing.assert_close(found, weights(raw))
+
+
+@pytest.mark.compile
+def test_transforms_in_a_graph():
+    router, x = ROUTER.build(16, 6), torch.randn(2, 10, 16)
+
+    def weigh_all(x: Tensor) -> Tensor:
+        return router(x).weight_of_row.square().sum()
+
+    def along(x: Tensor) -> tuple[Tensor, ...]:
+        return torch.func.jvp(weigh_all, (x,), (torch.ones_like(x),))
+
+    def twice(x: Tensor) -> Tensor:
+        return torch.func.grad(lambda x: torch.func.grad(weigh_all)(x).square().sum())(x)
+
+    for transformed in (along, torch.func.grad(weigh_all), twice):
+        found = torch.compile(transformed, backend="aot_eager", fullgraph=True)(x)
+        torch.testing.assert_close(found, transformed(x))
+
+
+@pytest.mark.compile
+def test_derivatives_of_a_graph():
+    router, x = ROUTER.build(16, 6), torch.randn(2, 10, 16, requires_grad=True)
+
+    def weigh_all(x: Tensor) -> Tensor:
+        return router(x).weight_of_row.square().sum()
+
+    def second(run) -> Tensor:
+        (first,) = torch.autograd.grad(run(x), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0]
+
+    graph = torch.compile(weigh_all, backend="eager")
+    torch.testing.assert_close(second(graph), second(weigh_all))
+
+    def along(run) -> tuple[Tensor, Tensor]:
+        with forward_ad.dual_level():
+            made = forward_ad.unpack_dual(run(forward_ad.make_dual(x.detach(), torch.ones_like(x))))
+            assert made.tangent is not None
+            return made.primal, made.tangent
+
+    torch.testing.assert_close(along(graph), along(weigh_all))

@@ -147,7 +147,7 @@ def experts_operator(name: str, rows: Tensor, counts: Tensor) -> Tensor:
     return operator(*(given[name] for name in names))[0]
 
 
-@pytest.mark.parametrize("kind", ["fused_mixture", "triton_experts"])
+@pytest.mark.parametrize("kind", ["fused_experts", "triton_experts"])
 def test_where_counts_are_not_data_every_row_of_the_list_counts(kind):
     longest, numbers = 11, 3 * WIDTH * DIM
 

@@ -109,8 +109,8 @@ def _soft(given: Given) -> int:
 _OURS: dict[str, Callable[[Given], int]] = {
     "grouped_mm": _grouped_mm,
     "grouped_outer": _grouped_outer,
-    "fused_mixture": _experts,
-    "fused_mixture_backward": _experts_backward,
+    "fused_experts": _experts,
+    "fused_experts_backward": _experts_backward,
     "triton_experts": _experts,
     "triton_experts_backward": _experts_backward,
     "soft_mix": _soft,

@@ -1,6 +1,6 @@
 """Weights of chosen pairs, made of their scores.
 
-Shapes: `tokens experts` pairs.
+Shapes: `*tokens experts` pairs.
 """
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 def weigh(
-    chosen: Bool[Tensor, "tokens experts"],
-    scores: Float[Tensor, "tokens experts"],
+    chosen: Bool[Tensor, "*tokens experts"],
+    scores: Float[Tensor, "*tokens experts"],
     normalize: bool,
     scale: float,
-) -> Float[Tensor, "tokens experts"]:
+) -> Float[Tensor, "*tokens experts"]:
     """`scale * score [/ sum of the token's chosen scores]` where chosen, zero elsewhere.
 
     Args:
@@ -30,12 +30,12 @@ def weigh(
 
 
 def weigh_backward(
-    chosen: Bool[Tensor, "tokens experts"],
-    scores: Float[Tensor, "tokens experts"],
-    of_weights: Float[Tensor, "tokens experts"],
+    chosen: Bool[Tensor, "*tokens experts"],
+    scores: Float[Tensor, "*tokens experts"],
+    of_weights: Float[Tensor, "*tokens experts"],
     normalize: bool,
     scale: float,
-) -> Float[Tensor, "tokens experts"]:
+) -> Float[Tensor, "*tokens experts"]:
     """The gradient of the scores; can be differentiated again.
 
     Args:
@@ -46,10 +46,13 @@ def weigh_backward(
         scale: likewise.
     """
     nothing = torch.zeros_like(scores)
-    own = torch.where(chosen, of_weights * scale, nothing)
+    own, kept = (
+        torch.where(chosen, of_weights * scale, nothing),
+        torch.where(chosen, scores, nothing),
+    )
     if not normalize:
         return own
-    total = torch.where(chosen, scores, nothing).sum(-1, keepdim=True)
+    total = kept.sum(-1, keepdim=True)
     divisor = torch.where(total > 0, total, torch.ones_like(total))
-    shared = torch.where(total > 0, (own * scores).sum(-1, keepdim=True) / divisor, 0.0)
+    shared = torch.where(total > 0, (own * kept).sum(-1, keepdim=True) / divisor, 0.0)
     return torch.where(chosen, (own - shared) / divisor, nothing)

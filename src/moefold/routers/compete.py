@@ -24,6 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from moefold.ops.select import top
+from moefold.ops.weigh import weigh
 from moefold.routers.base import float32_or_better, in_full_precision
 from moefold.routing import SparseRouting
 
@@ -104,9 +105,7 @@ class ByResults:
             affinity = routing.by_pair(result)
             real = None if routing.mask is None else routing.mask.unsqueeze(-1).expand_as(affinity)
             winners = top(affinity.detach(), self.k, -1, real)
-            weights = affinity.masked_fill(~winners, 0.0)
-            total = weights.sum(-1, keepdim=True)
-            weights = weights / torch.where(total > 0, total, torch.ones_like(total))
+            weights = weigh(winners, affinity, normalize=True, scale=1.0)
             return replace(
                 routing,
                 weight_of_row=routing.by_row(weights),

@@ -25,9 +25,9 @@ from moefold.routing import Group, Routing, SoftRouting
 _EPSILON = 1e-6
 
 
-def l2_normalize(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*shape"]:
-    """`x / sqrt(sum x^2 + 1e-6)`, the form of the released code; smooth at zero."""
-    return x * torch.rsqrt(x.square().sum(dim, keepdim=True) + _EPSILON)
+def inverse_length(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*ones"]:
+    """`1 / sqrt(sum x^2 + 1e-6)`, the form of the released code; smooth at zero."""
+    return torch.rsqrt(x.square().sum(dim, keepdim=True) + _EPSILON)
 
 
 @final
@@ -97,9 +97,10 @@ class SoftRouter(AbstractRouter):
 
     def _logits(self, tokens: Float[Tensor, "groups members dim"]) -> Tensor:
         phi = self.phi.to(tokens.dtype)
-        if tokens.shape[1]:
-            tokens, phi = l2_normalize(tokens, -1), l2_normalize(phi, 0)
-        else:
+        if not tokens.shape[1]:
             phi = phi[..., :0]  # slots with nothing to mix would pass the experts all the same
-        phi = self.scale.to(tokens.dtype) * phi
-        return (tokens @ phi.flatten(1)).unflatten(2, phi.shape[1:])
+            return (tokens @ phi.flatten(1)).unflatten(2, phi.shape[1:])
+        phi = self.scale.to(tokens.dtype) * (phi * inverse_length(phi, 0))
+        # A token's length divides its logits: normalised, tokens would be kept once more.
+        logits = (tokens @ phi.flatten(1)) * inverse_length(tokens, -1)
+        return logits.unflatten(2, phi.shape[1:])

@@ -11,7 +11,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from moefold.experts.backends.fused_blocks import Scratch
+from moefold.experts.backends.fused_blocks import Blocks, Scratch
 from moefold.ops.cpu import experts
 
 _aten = torch.ops.aten
@@ -39,6 +39,47 @@ WRITTEN: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     ),
 }
 """Activations whose derivative is written here."""
+
+
+@final
+class Half:
+    """One half of the first product, as the backward pass gets it, block by block.
+
+    It may be kept in fewer bytes than are computed in: then it is computed elsewhere.
+
+    Args:
+        name: `pre` or `value`; what its scratch memory is called.
+        blocks: the blocks.
+        kept: of all their rows, padded; None if nobody keeps it.
+        like: of the dtype that is computed in.
+    """
+
+    def __init__(self, name: str, blocks: Blocks, kept: Tensor | None, like: Tensor) -> None:
+        self._name, self._blocks = name, blocks
+        self._kept = None if kept is None else blocks.padded(kept)
+        self._in_place = kept is not None and kept.dtype == like.dtype
+
+    def widths(self, width: int) -> dict[str, int]:
+        """What it uses of the scratch memory, by name."""
+        return {} if self._in_place else {self._name: width}
+
+    def memory(self, i: int, scratch: Scratch) -> Tensor:
+        """Where it is computed for a block."""
+        if self._in_place and self._kept is not None:
+            return self._kept[i]
+        return scratch(self._name, self._blocks[i].size)
+
+    def keep(self, i: int, made: Tensor) -> None:
+        """Keep what was computed for a block."""
+        if not self._in_place and self._kept is not None:
+            self._kept[i].copy_(made)
+
+    def read(self, i: int, scratch: Scratch) -> Tensor:
+        """What was kept of a block."""
+        memory = self.memory(i, scratch)
+        if not self._in_place and self._kept is not None:
+            memory.copy_(self._kept[i])
+        return memory
 
 
 @final

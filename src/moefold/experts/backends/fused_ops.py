@@ -54,8 +54,8 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 # torch.compile caches graphs on disk by the name of an operator, with the shapes it returned then:
-# whoever changes how many rows are kept changes the name too.
-@torch.library.custom_op("moefold::fused_mixture", mutates_args=())
+# whoever changes how many rows are kept, or in which dtype, changes the name too.
+@torch.library.custom_op("moefold::fused_experts", mutates_args=())
 def mixture(
     x: Tensor,
     token_of_row: Tensor,
@@ -70,7 +70,7 @@ def mixture(
     dtype: torch.dtype,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the result in `dtype`, and if `keep` what the backward pass needs: `pre`, `value`.
+    """Return the result, and if `keep` what the backward pass needs: `pre`, `value`; in `dtype`.
 
     Args:
         x: the tokens.
@@ -83,7 +83,7 @@ def mixture(
         down_bias: added after the second product.
         gated: whether half of the first product gates the other half.
         activation: a name of `fused_hidden.WRITTEN`.
-        dtype: of the result; every input is cast block by block to what it is computed in.
+        dtype: of all that is returned. What is computed in is `work_dtype` of it; inputs are cast.
         keep: whether there will be a backward pass.
 
     Raises:
@@ -93,8 +93,8 @@ def mixture(
     like, counts = x.new_empty(0, dtype=work_dtype(dtype)), _counts(rows_per_expert, rows)
     kept_rows = room(rows, up.shape[0], like) if keep else 0
     kept = (
-        in_huge_pages(like.new_empty(kept_rows, width)),
-        in_huge_pages(like.new_empty(kept_rows if gated else 0, width)),
+        in_huge_pages(x.new_empty(kept_rows, width, dtype=dtype)),
+        in_huge_pages(x.new_empty(kept_rows if gated else 0, width, dtype=dtype)),
     )
     if not sum(counts):
         return x.new_zeros(x.shape[0], dim, dtype=dtype), kept[0].zero_(), kept[1].zero_()
@@ -187,7 +187,7 @@ def _plan(given: experts.ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> _P
     return _Plan(workers, can_compile, shares, len(own) < len(given.counts))
 
 
-@torch.library.custom_op("moefold::fused_mixture_backward", mutates_args=())
+@torch.library.custom_op("moefold::fused_experts_backward", mutates_args=())
 def mixture_backward(
     grad: Tensor,
     x: Tensor,
@@ -209,19 +209,24 @@ def mixture_backward(
     Raises:
         ValueError: as `mixture`.
     """
+    like = pre.new_empty(0, dtype=work_dtype(pre.dtype))
     leaves = (x, weight_of_row, up, down, up_bias, down_bias)
-    of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = _gradients(leaves, wanted)
     for_x, for_weight, for_up, for_down, for_up_bias, for_down_bias = wanted
+    sum_dtype = torch.promote_types(x.dtype, torch.float32)
+    first_sum = for_x and x.dtype == sum_dtype  # else it is rounded into other memory at the end
+    of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = _gradients(
+        leaves, [first_sum, *wanted[1:]]
+    )
     counts = _counts(rows_per_expert, token_of_row.shape[0])
     given = experts.ExpertRows(
         counts=counts,
         tokens=_tokens(token_of_row, counts, x.shape[0]),
-        weights=None if weight_of_row is None else in_dtype_of(weight_of_row, pre).contiguous(),
+        weights=None if weight_of_row is None else in_dtype_of(weight_of_row, like).contiguous(),
         x=x,
         up=up,
         down=down,
-        up_bias=_as_read(up_bias, pre),
-        down_bias=_as_read(down_bias, pre),
+        up_bias=_as_read(up_bias, like),
+        down_bias=_as_read(down_bias, like),
         pre=pre.contiguous(),  # whoever saved it may have given it another layout
         value=value.contiguous() if gated else None,
         gated=gated,
@@ -230,13 +235,12 @@ def mixture_backward(
         of_weights=of_weight.zero_() if for_weight else None,
         of_up=of_up if for_up else None,
         of_down=of_down if for_down else None,
-        of_up_bias=in_dtype_of(of_up_bias, pre) if for_up_bias else None,
-        of_down_bias=in_dtype_of(of_down_bias, pre) if for_down_bias else None,
+        of_up_bias=in_dtype_of(of_up_bias, like) if for_up_bias else None,
+        of_down_bias=in_dtype_of(of_down_bias, like) if for_down_bias else None,
     )
-    sum_dtype = torch.promote_types(x.dtype, torch.float32)
-    plan = _plan(given, pre, sum_dtype)
+    plan, size = _plan(given, like, sum_dtype), x.shape if for_x else (0,)
     sums = [
-        torch.zeros_like(of_x, dtype=sum_dtype) if i or x.dtype != sum_dtype else of_x.zero_()
+        of_x.zero_() if first_sum and not i else x.new_zeros(size, dtype=sum_dtype)
         for i in range(plan.workers)
     ]
     if plan.shares:
@@ -244,7 +248,7 @@ def mixture_backward(
         compiled_sums = sums if for_x else [None] * plan.workers
         experts.backward(replace(given, **readable), plan.shares, compiled_sums)
     if plan.leaves_some:
-        fused_torch.backward(given, sums, for_x=for_x, compiled=plan.can_compile)
+        fused_torch.backward(given, sums, like, for_x=for_x, compiled=plan.can_compile)
     of_x = total(sums).to(x.dtype)
     for made, out in ((given.of_up_bias, of_up_bias), (given.of_down_bias, of_down_bias)):
         if made is not None and made is not out:
@@ -277,10 +281,11 @@ def _mixture_shape(
     x, token_of_row, weight_of_row, rows_per_expert, up, down, up_bias, down_bias, gated,
     activation, dtype, keep,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    like = x.new_empty(0, dtype=work_dtype(dtype))
-    kept, width = room(token_of_row.shape[0], up.shape[0], like) if keep else 0, down.shape[2]
-    out = x.new_empty(x.shape[0], down.shape[1], dtype=dtype)
-    return out, like.new_empty(kept, width), like.new_empty(kept if gated else 0, width)
+    like, width = x.new_empty(0, dtype=work_dtype(dtype)), down.shape[2]
+    kept = room(token_of_row.shape[0], up.shape[0], like) if keep else 0
+    sizes = ((x.shape[0], down.shape[1]), (kept, width), (kept if gated else 0, width))
+    out, pre, value = (x.new_empty(size, dtype=dtype) for size in sizes)
+    return out, pre, value
 
 
 @mixture_backward.register_fake

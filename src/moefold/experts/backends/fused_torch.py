@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moefold.experts.backends.fused_blocks import Blocks
-from moefold.experts.backends.fused_hidden import Hidden
+from moefold.experts.backends.fused_hidden import Half, Hidden
 from moefold.experts.backends.fused_parts import Part, make_parts
 from moefold.experts.backends.fused_products import Linears, Sums, gathered
 from moefold.experts.backends.fused_workers import run_on
@@ -30,8 +30,8 @@ def forward(given: ExpertRows, sums: Sequence[Tensor], like: Tensor, *, compiled
     width, dim, gated = given.down.shape[2], given.down.shape[1], given.gated
     tokens = blocks.own(tokens)
     weights = None if given.weights is None else blocks.own(given.weights)
-    firsts = None if given.pre is None else blocks.padded(given.pre)
-    seconds = None if given.value is None else blocks.padded(given.value)
+    firsts = Half("pre", blocks, given.pre, like)
+    seconds = Half("value", blocks, given.value, like)
     turned = given.up.transpose(1, 2)
     to_pre, to_value = (
         Linears(
@@ -47,41 +47,44 @@ def forward(given: ExpertRows, sums: Sequence[Tensor], like: Tensor, *, compiled
         for i in part.share:
             block = blocks[i]
             found = gathered(block, x, tokens[i], scratch("x", block.size))
-            pre = scratch("pre", block.size) if firsts is None else firsts[i]
+            pre, value = firsts.memory(i, scratch), None
             to_pre(block, found, pre)
-            value = None
+            firsts.keep(i, pre)
             if gated:
-                value = scratch("value", block.size) if seconds is None else seconds[i]
+                value = seconds.memory(i, scratch)
                 to_value(block, found, value)
+                seconds.keep(i, value)
             hidden = scratch("hidden", block.size)
             hidden_rows(pre, value, hidden)
             weight = None if weights is None else weights[i]
             to_out.add_to(part.sums, tokens[i], block, hidden, weight, scratch)
 
     widths = {"x": x.shape[1], "hidden": width, "out": dim}
-    if firsts is None:
-        widths |= {"pre": width, "value": width} if gated else {"pre": width}
+    widths |= firsts.widths(width) | (seconds.widths(width) if gated else {})
     run_on(make_parts(blocks, sums, widths, like), through)
 
 
-def backward(given: ExpertRows, sums: Sequence[Tensor], *, for_x: bool, compiled: bool) -> None:
+def backward(
+    given: ExpertRows, sums: Sequence[Tensor], like: Tensor, *, for_x: bool, compiled: bool
+) -> None:
     """Write the gradients that there is memory for, zeros for experts without rows.
 
     Args:
         given: all experts, as they were forward.
         sums: by token, of each worker; gradients of tokens are added.
+        like: of the dtype that is computed in.
         for_x: whether these are wanted.
         compiled: whether compiled code does what suits it, experts without rows too.
     """
-    pre, grad, x, gated, width = given.pre, given.grad, given.x, given.gated, given.down.shape[2]
-    assert pre is not None
+    grad, x, gated, width = given.grad, given.x, given.gated, given.down.shape[2]
     assert grad is not None
-    blocks = _blocks(given, pre, len(sums), compiled=compiled)
+    blocks = _blocks(given, like, len(sums), compiled=compiled)
     of_parameters = (given.of_up, given.of_down, given.of_up_bias, given.of_down_bias)
     if not compiled:
         blocks.zero_idle(*(t for t in of_parameters if t is not None))
-    tokens, firsts = blocks.own(given.tokens), blocks.padded(pre)
-    seconds = None if given.value is None else blocks.padded(given.value)
+    tokens = blocks.own(given.tokens)
+    firsts = Half("pre", blocks, given.pre, like)
+    seconds = Half("value", blocks, given.value, like)
     weights = None if given.weights is None else _columns(blocks, given.weights)
     of_weights = None if given.of_weights is None else blocks.own(given.of_weights)
     back_down, back_up = Linears(blocks, given.down), Linears(blocks, given.up)
@@ -104,8 +107,8 @@ def backward(given: ExpertRows, sums: Sequence[Tensor], *, for_x: bool, compiled
             if of_weights is not None or goes_on:
                 back_down(block, g, of_hidden)
             hidden_rows.differentiate(
-                firsts[i],
-                None if seconds is None else seconds[i],
+                firsts.read(i, scratch),
+                seconds.read(i, scratch) if gated else None,
                 hidden,
                 scratch,
                 weight=weight,
@@ -130,6 +133,7 @@ def backward(given: ExpertRows, sums: Sequence[Tensor], *, for_x: bool, compiled
 
     widths = {"grad": grad.shape[1], "hidden": width, "of_hidden": width}
     widths |= hidden_rows.widths(width, gated=gated, for_weight=of_weights is not None)
+    widths |= firsts.widths(width) | (seconds.widths(width) if gated else {})
     if gated:
         widths["of_first"] = given.up.shape[1]
     if of_weights is not None:
@@ -138,7 +142,7 @@ def backward(given: ExpertRows, sums: Sequence[Tensor], *, for_x: bool, compiled
         widths["x"] = x.shape[1]
     if for_x:
         widths["out"] = x.shape[1]
-    run_on(make_parts(blocks, sums, widths, pre), back)
+    run_on(make_parts(blocks, sums, widths, like), back)
 
 
 def _blocks(given: ExpertRows, like: Tensor, workers: int, *, compiled: bool) -> Blocks:

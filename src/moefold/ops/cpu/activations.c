@@ -98,35 +98,36 @@ INLINE Activated activated(const int kind, __m256 x)
 
 INLINE void activate_rows(const int kind, const Hidden *given)
 {
-    for (int row = 0; row < given->rows; row++) {
-        const float *pre = given->pre + (long)row * given->width;
-        const float *value = given->value ? given->value + (long)row * given->width : 0;
+    const float *pre = given->pre, *value = given->value;
+    const long width = given->width;
+    for (long row = 0; row < given->rows; row++) {
         float *hidden = given->hidden + row * given->stride;
-        for (int i = 0; i < given->width; i += LANES) {
-            const int count = given->width - i;
-            __m256 h = activated(kind, read(pre + i, count)).value;
+        for (int i = 0; i < width; i += LANES) {
+            const int count = width - i;
+            __m256 h = activated(kind, read(pre + row * width + i, count)).value;
             if (value)
-                h = _mm256_mul_ps(h, read(value + i, count));
+                h = _mm256_mul_ps(h, read(value + row * width + i, count));
             write(hidden + i, count, h);
         }
     }
 }
 
-INLINE void differentiate_rows(const int kind, const Hidden *given)
+INLINE void differentiate_rows(const int kind, const int kept, const Hidden *given)
 {
-    for (int row = 0; row < given->rows; row++) {
-        const float *pre = given->pre + (long)row * given->width;
-        const float *value = given->value ? given->value + (long)row * given->width : 0;
+    const long width = given->width;
+    for (long row = 0; row < given->rows; row++) {
+        const long start = row * width;
         float *hidden = given->hidden + row * given->stride;
-        const float *of_hidden = given->of_hidden ? given->of_hidden + row * given->stride : 0;
+        const float *of_hidden = given->of_hidden ? given->of_hidden + row * given->grad_stride : 0;
         float *of_pre = given->of_pre ? given->of_pre + row * given->of_stride : 0;
         float *of_value = given->of_value ? given->of_value + row * given->of_stride : 0;
         const __m256 weight = ALL(given->weights ? given->weights[row] : 1);
         __m256 sums = _mm256_setzero_ps();
-        for (int i = 0; i < given->width; i += LANES) {
-            const int count = given->width - i;
-            const Activated made = activated(kind, read(pre + i, count));
-            const __m256 other = value ? read(value + i, count) : ALL(1);
+        for (int i = 0; i < width; i += LANES) {
+            const int count = width - i;
+            const Activated made = activated(kind, read_kind(kept, given->pre, start + i, count));
+            const __m256 other =
+                given->value ? read_kind(kept, given->value, start + i, count) : ALL(1);
             const __m256 h = _mm256_mul_ps(made.value, other);
             write(hidden + i, count, _mm256_mul_ps(weight, h));
             if (!of_hidden)
@@ -145,14 +146,21 @@ INLINE void differentiate_rows(const int kind, const Hidden *given)
     }
 }
 
-#define BY_KIND(rows, given) \
-    switch ((given)->kind) { \
-    case RELU: rows(RELU, given); break; \
-    case SILU: rows(SILU, given); break; \
-    case GELU: rows(GELU, given); break; \
-    default: rows(GELU_TANH, given); \
+#define BY_KIND(rows, ...) \
+    switch (given->kind) { \
+    case RELU: rows(RELU, __VA_ARGS__); break; \
+    case SILU: rows(SILU, __VA_ARGS__); break; \
+    case GELU: rows(GELU, __VA_ARGS__); break; \
+    default: rows(GELU_TANH, __VA_ARGS__); \
     }
 
 EXPORT void moefold_activate(const Hidden *given) { BY_KIND(activate_rows, given) }
 
-EXPORT void moefold_differentiate(const Hidden *given) { BY_KIND(differentiate_rows, given) }
+EXPORT void moefold_differentiate(const Hidden *given)
+{
+    switch (given->kept) {
+    case FLOAT32: BY_KIND(differentiate_rows, FLOAT32, given) break;
+    case BFLOAT16: BY_KIND(differentiate_rows, BFLOAT16, given) break;
+    default: BY_KIND(differentiate_rows, FLOAT16, given)
+    }
+}

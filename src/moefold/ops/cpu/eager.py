@@ -24,7 +24,9 @@ def is_transformed() -> bool:
 def hides_its_memory(tensor: Tensor) -> bool:
     """Whether its memory does not hold its numbers.
 
-    The dispatcher writes a lazy tensor out, and knows what a subclass is made of.
+    The dispatcher writes a lazy tensor out, and knows what a subclass is made of, or a batch of
+    gradients.
     """
     lazy = tensor.is_neg() or tensor._is_zerotensor()  # pyright: ignore[reportAttributeAccessIssue]
-    return lazy or type(tensor) not in (Tensor, nn.Parameter)
+    is_its_own = type(tensor) in (Tensor, nn.Parameter) and torch._C._has_storage(tensor)
+    return lazy or not is_its_own

@@ -16,19 +16,27 @@ typedef struct {
     int kind;
 } Stack;
 
-/* All experts and their rows, sorted by expert. Pointers are 0 for what is not there or not asked
- * for. `pre` and `value` hold `[rows, width]`; biases and gradients lie without gaps, `of_up` and
- * `of_down` of the stacks' kind. `dim` numbers in a token, `made` in a result. */
+/* Something of every token; the numbers of a token follow each other. */
 typedef struct {
-    int dim, width, made, gated, activation;
+    const void *at;
+    long stride;
+    int kind;
+} Tokens;
+
+/* All experts and their rows, sorted by expert. Pointers are 0 for what is not there or not asked
+ * for. `pre` and `value` hold `[rows, width]` of the kind `kept`; biases and gradients lie without
+ * gaps, `of_up` and `of_down` of the stacks' kind. `dim` numbers in a token, `made` in a result. */
+typedef struct {
+    int dim, width, made, gated, activation, kept;
     const int64_t *counts, *starts; /* of the rows of each expert */
     const int64_t *tokens;          /* of the rows */
     const float *weights;           /* of the rows */
-    const float *x, *grad, *up_bias, *down_bias;
-    float *pre, *value, *of_weights;
+    const float *up_bias, *down_bias;
+    void *pre, *value;
+    float *of_weights;
     void *of_up, *of_down;
     float *of_up_bias, *of_down_bias;
-    long x_stride, grad_stride;
+    Tokens x, grad;
     Stack up, down;
 } Experts;
 
@@ -46,14 +54,46 @@ static long apart(int width) { return (width + 15) / 16 * 16 + 16; }
 
 static long larger(long one, long other) { return one > other ? one : other; }
 
-/* Floats for experts of so many rows at most: pre, value and hidden, or hidden, its gradient and
- * that of the first product; and the gradient of a matrix that is then rounded. */
+enum {
+    SLAB = 1 << 18, /* numbers of a gradient that are rounded at a time, in rows */
+    LEAST = 96,     /* of which there are a multiple of these */
+};
+
+static int slab(int lefts, int rights)
+{
+    return least(lefts, most(SLAB / rights / LEAST, 1) * LEAST);
+}
+
+/* Memory of a thread for one expert: where each part of it begins, in floats, and all of it. */
+typedef struct {
+    long hidden;    /* [rows, width] */
+    long first;     /* the first product, or its gradient: [rows, width], twice if gated */
+    long x, grad;   /* [rows, dim] and [rows, made], if they are not float32 where they lie */
+    long unrounded; /* a slab of a gradient, if that is not float32 */
+    long all;
+} Room;
+
+static Room divide(const Experts *given, long rows, int backward)
+{
+    const int first = (given->gated ? 2 : 1) * given->width;
+    const int gathers_x = given->x.kind != FLOAT32;
+    const int gathers_grad = backward && given->grad.kind != FLOAT32;
+    const int rounds = backward && given->up.kind != FLOAT32;
+    const long of_up = (long)slab(first, given->dim) * given->dim;
+    const long of_down = (long)slab(given->made, given->width) * given->width;
+    Room room = {.hidden = moefold_room()};
+    room.first = room.hidden + rows * apart(given->width);
+    room.x = room.first + rows * apart(given->width) * (given->gated ? 2 : 1);
+    room.grad = room.x + (gathers_x ? rows * apart(given->dim) : 0);
+    room.unrounded = room.grad + (gathers_grad ? rows * apart(given->made) : 0);
+    room.all = room.unrounded + (rounds ? larger(of_up, of_down) : 0);
+    return room;
+}
+
+/* Floats of it for experts of so many rows at most. */
 EXPORT long moefold_room_for(const Experts *given, int rows, int backward)
 {
-    const long parts = given->gated ? 2 : 1, width = given->width;
-    const int rounds = backward && given->up.kind != FLOAT32;
-    const long matrix = rounds ? larger(parts * width * given->dim, width * given->made) : 0;
-    return moefold_room() + rows * (2 + parts) * apart(given->width) + matrix;
+    return divide(given, rows, backward).all;
 }
 
 /* A stack's matrix (columns from `first` on) turned over as a factor to the right of rows. */
@@ -76,21 +116,78 @@ static const float *of_expert(const float *biases, int expert, int width)
     return biases ? biases + (long)expert * width : 0;
 }
 
+static void widen_all(const int kind, const void *from, long count, float *to)
+{
+    for (long i = 0; i < count; i += LANES)
+        write(to + i, least(LANES, count - i), read_kind(kind, from, i, least(LANES, count - i)));
+}
+
+static void round_all(const int kind, const float *from, long count, void *to)
+{
+    for (long i = 0; i < count; i += LANES) {
+        const int some = least(LANES, count - i);
+        write_kind(kind, to, i, some, read(from + i, some));
+    }
+}
+
+/* What belongs to the tokens of rows as float32: where it lies, or gathered into memory for it. */
+static Matrix of_rows(Tokens from, const int64_t *tokens, int rows, int width, float *into)
+{
+    if (from.kind == FLOAT32)
+        return (Matrix){(float *)from.at, 0, from.stride, tokens};
+    const long stride = apart(width);
+    for (int row = 0; row < rows; row++) {
+        const void *at = number(from.kind, from.at, tokens[row] * from.stride);
+        if (from.kind == BFLOAT16)
+            widen_all(BFLOAT16, at, width, into + row * stride);
+        else
+            widen_all(FLOAT16, at, width, into + row * stride);
+    }
+    return (Matrix){into, 0, stride, 0};
+}
+
+static void round_to(int kind, const float *from, long count, void *to)
+{
+    if (kind == BFLOAT16)
+        round_all(BFLOAT16, from, count, to);
+    else
+        round_all(FLOAT16, from, count, to);
+}
+
+/* One half of the first product: where the backward pass looks for it, if it is kept in float32,
+ * else in memory of our own. */
+static float *half_at(const Experts *given, void *kept, long start, float *own)
+{
+    return kept && given->kept == FLOAT32 ? (float *)kept + start * given->width : own;
+}
+
+/* Keep it, if it is kept in fewer bytes. */
+static void keep(const Experts *given, const float *half, long start, int rows, void *kept)
+{
+    const long width = given->width;
+    if (kept && given->kept != FLOAT32)
+        round_to(given->kept, half, rows * width, (void *)number(given->kept, kept, start * width));
+}
+
 static void forward(const Experts *given, int expert, float *sums, float *room)
 {
     const int rows = (int)given->counts[expert], width = given->width;
     const long start = given->starts[expert], stride = apart(width);
     const int64_t *tokens = given->tokens + start;
-    float *hidden = room + moefold_room(), *free = hidden + rows * stride;
-    float *pre = given->pre ? given->pre + start * width : free;
-    float *value = given->value ? given->value + start * width : free + rows * stride;
-    const Matrix x = {(float *)given->x, 0, given->x_stride, tokens};
+    const Room own = divide(given, rows, 0);
+    float *hidden = room + own.hidden, *first = room + own.first;
+    float *pre = half_at(given, given->pre, start, first);
+    float *value = half_at(given, given->value, start, first + rows * stride);
+    const Matrix x = of_rows(given->x, tokens, rows, given->dim, room + own.x);
     const float *bias = of_expert(given->up_bias, expert, given->gated ? 2 * width : width);
     product(rows, width, given->dim, x, transposed(given->up, expert, 0),
              (Matrix){pre, 0, width, 0}, (Finish){bias, 0, 0}, room);
-    if (given->gated)
+    keep(given, pre, start, rows, given->pre);
+    if (given->gated) {
         product(rows, width, given->dim, x, transposed(given->up, expert, width),
                  (Matrix){value, 0, width, 0}, (Finish){bias ? bias + width : 0, 0, 0}, room);
+        keep(given, value, start, rows, given->value);
+    }
     moefold_activate(&(Hidden){.kind = given->activation, .rows = rows, .width = width,
                                .pre = pre, .value = given->gated ? value : 0, .stride = stride,
                                .hidden = hidden});
@@ -106,7 +203,7 @@ static void sum_rows(int rows, int columns, Matrix from, const float *weights, f
     for (int i = 0; i < columns; i++)
         out[i] = 0;
     for (int row = 0; row < rows; row++) {
-        const float *at = from.at + (from.index ? from.index[row] : row) * from.stride;
+        const float *at = from.at + place(from.index, row) * from.stride;
         const float weight = weights ? weights[row] : 1;
         for (int i = 0; i < columns; i++)
             out[i] += weight * at[i];
@@ -117,7 +214,7 @@ static void sum_rows(int rows, int columns, Matrix from, const float *weights, f
 static void add_along(int rows, int columns, Matrix grad, const float *bias, float *of_weights)
 {
     for (int row = 0; row < rows; row++) {
-        const float *at = grad.at + grad.index[row] * grad.stride;
+        const float *at = grad.at + place(grad.index, row) * grad.stride;
         double sum = 0;
         for (int i = 0; i < columns; i++)
             sum += (double)at[i] * bias[i];
@@ -154,24 +251,20 @@ static void zero_all(Gradient out)
         memset(out.at, 0, (out.kind == FLOAT32 ? 4 : 2) * (long)out.lefts * out.rights);
 }
 
-static void round_all(const int kind, const float *from, long count, void *to)
-{
-    for (long i = 0; i < count; i += LANES) {
-        const int some = count - i < LANES ? (int)(count - i) : LANES;
-        write_kind(kind, to, i, some, read(from + i, some));
-    }
-}
-
-/* `sum`, by way of `unrounded`, if the gradient is not float32. */
+/* `sum`; if the gradient is not float32, slab by slab, each rounded at its end. */
 static void sum_to(Gradient out, int depth, Matrix left, Matrix right, float *unrounded,
                    float *room)
 {
-    float *at = out.kind == FLOAT32 ? out.at : unrounded;
-    sum(out.lefts, out.rights, depth, left, right, (Matrix){at, 0, out.rights, 0}, room);
-    if (out.kind == BFLOAT16)
-        round_all(BFLOAT16, at, (long)out.lefts * out.rights, out.at);
-    else if (out.kind == FLOAT16)
-        round_all(FLOAT16, at, (long)out.lefts * out.rights, out.at);
+    const int rights = out.rights, rounds = out.kind != FLOAT32;
+    const int each = rounds ? slab(out.lefts, rights) : out.lefts;
+    for (int first = 0; first < out.lefts; first += each, left.at += each) {
+        const int some = least(each, out.lefts - first);
+        void *at = (void *)number(out.kind, out.at, (long)first * rights);
+        float *made = rounds ? unrounded : at;
+        sum(some, rights, depth, left, right, (Matrix){made, 0, rights, 0}, room);
+        if (rounds)
+            round_to(out.kind, made, (long)some * rights, at);
+    }
 }
 
 static void backward(const Experts *given, int expert, float *sums, float *room)
@@ -194,22 +287,25 @@ static void backward(const Experts *given, int expert, float *sums, float *room)
     const int64_t *tokens = given->tokens + start;
     const float *weights = given->weights ? given->weights + start : 0;
     float *of_weights = part(given->of_weights, 1, start);
-    float *hidden = room + moefold_room(), *of_hidden = hidden + rows * stride;
-    float *of_first = of_hidden + rows * stride, *unrounded = of_first + rows * of_stride;
-    const Matrix grad = {(float *)given->grad, 0, given->grad_stride, tokens};
-    const Matrix x = {(float *)given->x, 0, given->x_stride, tokens};
-    const Matrix of_rows = {of_first, 0, of_stride, 0};
+    const Room own = divide(given, rows, 1);
+    float *hidden = room + own.hidden, *of_first = room + own.first;
+    float *unrounded = room + own.unrounded;
+    /* What is computed from it is written over it. */
+    float *of_hidden = of_first + (given->gated ? width : 0);
+    const Matrix grad = of_rows(given->grad, tokens, rows, made, room + own.grad);
+    const Matrix of_pre_and_value = {of_first, 0, of_stride, 0};
     const int goes_on = sums || of_up.at || of_up_bias;
     if (goes_on || of_weights)
         product(rows, width, made, grad, as_it_is(given->down, expert),
-                 (Matrix){of_hidden, 0, stride, 0}, (Finish){0, 0, 0}, room);
+                 (Matrix){of_hidden, 0, of_stride, 0}, (Finish){0, 0, 0}, room);
     moefold_differentiate(&(Hidden){
-        .kind = given->activation, .rows = rows, .width = width, .pre = given->pre + start * width,
-        .value = given->gated ? given->value + start * width : 0, .stride = stride,
-        .hidden = hidden, .weights = weights, .of_hidden = goes_on || of_weights ? of_hidden : 0,
-        .of_pre = goes_on ? of_first : 0,
-        .of_value = goes_on && given->gated ? of_first + width : 0,
-        .of_weights = of_weights, .of_stride = of_stride});
+        .kind = given->activation, .kept = given->kept, .rows = rows, .width = width,
+        .pre = number(given->kept, given->pre, start * width),
+        .value = given->gated ? number(given->kept, given->value, start * width) : 0,
+        .stride = stride, .hidden = hidden, .weights = weights,
+        .of_hidden = goes_on || of_weights ? of_hidden : 0, .of_pre = goes_on ? of_first : 0,
+        .of_value = goes_on && given->gated ? of_hidden : 0,
+        .of_weights = of_weights, .grad_stride = of_stride, .of_stride = of_stride});
     if (of_weights && given->down_bias)
         add_along(rows, made, grad, of_expert(given->down_bias, expert, made), of_weights);
     if (of_down_bias)
@@ -217,11 +313,12 @@ static void backward(const Experts *given, int expert, float *sums, float *room)
     if (of_down.at)
         sum_to(of_down, rows, grad, (Matrix){hidden, 0, stride, 0}, unrounded, room);
     if (of_up_bias)
-        sum_rows(rows, first, of_rows, 0, of_up_bias);
+        sum_rows(rows, first, of_pre_and_value, 0, of_up_bias);
     if (of_up.at)
-        sum_to(of_up, rows, of_rows, x, unrounded, room);
+        sum_to(of_up, rows, of_pre_and_value,
+               of_rows(given->x, tokens, rows, dim, room + own.x), unrounded, room);
     if (sums)
-        product(rows, dim, first, of_rows, as_it_is(given->up, expert),
+        product(rows, dim, first, of_pre_and_value, as_it_is(given->up, expert),
                  (Matrix){sums, 0, dim, tokens}, (Finish){0, 0, 1}, room);
 }
 

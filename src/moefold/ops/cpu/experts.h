@@ -1,5 +1,5 @@
-/* What the C files of this folder share. float32, but for the parameters of experts; all strides
- * count numbers. */
+/* What the C files of this folder share. Computed is in float32, whatever is read and written; all
+ * strides count numbers. */
 
 #ifndef MOEFOLD_EXPERTS_H
 #define MOEFOLD_EXPERTS_H
@@ -22,7 +22,10 @@ typedef struct {
     const int64_t *index;
 } Matrix;
 
-/* Numbers of parameters. */
+/* Where a row lies: after the one before, or as the index says. */
+INLINE long place(const int64_t *index, long row) { return index ? index[row] : row; }
+
+/* Numbers of parameters, of tokens, and of what is kept for the backward pass. */
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* A matrix that rows are multiplied by: it lies as [depth, columns], or if `turned` as
@@ -55,16 +58,17 @@ long moefold_room(void);
 enum { RELU, SILU, GELU, GELU_TANH };
 
 /* Numbers of every row of an expert's hidden layer; what is not there is 0. Rows follow each other
- * in `pre` and `value`, and lie `stride` apart in all else. */
+ * in `pre` and `value`, and lie `stride` apart in `hidden`, `grad_stride` in `of_hidden`. */
 typedef struct {
-    int kind, rows, width;
-    const float *pre, *value;
+    int kind, rows, width, kept;
+    const void *pre, *value; /* float32 forward, then of the kind `kept` */
     long stride;
     float *hidden;
     /* Of the gradient alone. */
     const float *weights;
-    float *of_hidden, *of_pre, *of_value, *of_weights;
-    long of_stride;
+    const float *of_hidden;
+    float *of_pre, *of_value, *of_weights;
+    long grad_stride, of_stride; /* the latter of `of_pre` and `of_value` */
 } Hidden;
 
 /* hidden = act(pre) * value. */
@@ -75,7 +79,7 @@ void moefold_activate(const Hidden *given);
  *     of_value   = w * d * act(pre)
  *     of_pre     = w * d * value * act'(pre)
  *     of_weights = sum of d * act(pre) * value over the width
- * `of_pre` and `of_value` have `of_stride` between their rows. */
+ * One of the two in the middle may be written over `of_hidden`. */
 void moefold_differentiate(const Hidden *given);
 
 #endif

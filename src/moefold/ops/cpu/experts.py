@@ -3,8 +3,9 @@
 The slow twin is `experts.backends.fused_torch`; the formulas are in `experts.backends.fused_ops`.
 
 Shapes: `tokens dim` in and `tokens made` out; experts of a hidden `width`; `rows` sorted by expert.
-All of it float32, but for the matrices, which may be bfloat16 or float16, and their gradients,
-which are what they are; and nothing but `x`, `grad`, `up` and `down` may have gaps.
+Computed is in float32. What is as large as the matrices or as all rows may be bfloat16 or float16
+in memory: tokens, the matrices, with them their gradients, and what is kept for the backward pass;
+all else is float32. Nothing but `x`, `grad`, `up` and `down` may have gaps.
 """
 
 import ctypes
@@ -28,7 +29,7 @@ ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 """What the compiled code calls them."""
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of numbers in matrices, likewise."""
+"""Of numbers in memory, likewise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -39,14 +40,14 @@ class ExpertRows:
         counts: how many rows each expert has.
         tokens: of the rows, int64; within bounds: nobody checks.
         weights: of the rows; None for 1.
-        x: all tokens; the numbers of a token follow each other.
+        x: all tokens, of a dtype of `KINDS`; the numbers of a token follow each other.
         up: `[experts, width, dim]`, or twice the width if gated.
         down: `[experts, made, width]`.
         up_bias: `[experts, width]`, or twice the width.
         down_bias: `[experts, made]`.
-        pre: `[rows, width]`, the gate's half of the first product: written forward, read backward.
-            None, forward alone: nobody needs it.
-        value: likewise the other half.
+        pre: `[rows, width]`, the gate's half of the first product: written forward, read backward;
+            of a dtype of `KINDS`. None, forward alone: nobody needs it.
+        value: likewise the other half, of the same dtype.
         gated: whether there are two halves.
         activation: of the first.
         grad: of the results, as `x`.
@@ -95,8 +96,8 @@ def suits(rows: int) -> bool:
 
 
 def readable(tokens: Tensor) -> Tensor:
-    """In float32, the numbers of a token one after another."""
-    tokens = tokens.to(torch.float32)
+    """In a dtype of `KINDS`, the numbers of a token one after another."""
+    tokens = tokens if tokens.dtype in KINDS else tokens.to(torch.float32)
     return tokens if tokens.stride(1) == 1 else tokens.contiguous()
 
 
@@ -159,12 +160,12 @@ def differentiate(
             if it is not gated.
         of_weights: `[rows]`, where that of the weights goes.
     """
-    given = _hidden(activation, pre, value, hidden)
+    given, width = _hidden(activation, pre, value, hidden), pre.shape[1]
     given.weights, given.of_weights = _start(weights), _start(of_weights)
-    given.of_hidden, given.of_pre = _start(of_hidden), _start(of_first)
+    given.of_hidden, given.of_pre, given.grad_stride = _start(of_hidden), _start(of_first), width
     if of_first is not None:
         given.of_stride = of_first.stride(0)
-        given.of_value = None if value is None else of_first[:, pre.shape[1] :].data_ptr()
+        given.of_value = None if value is None else of_first[:, width:].data_ptr()
     _known().differentiate(given)
 
 
@@ -176,6 +177,7 @@ def _hidden(activation: str, pre: Tensor, value: Tensor | None, hidden: Tensor) 
         width=width,
         pre=pre.data_ptr(),
         value=_start(value),
+        kept=KINDS[pre.dtype],
         stride=width,
         hidden=hidden.data_ptr(),
     )
@@ -197,10 +199,11 @@ def _run(
         made=given.down.shape[1],
         gated=given.gated,
         activation=ACTIVATIONS[given.activation],
+        kept=KINDS[torch.float32 if given.pre is None else given.pre.dtype],
         counts=many(*counts),
         starts=many(*accumulate(counts[:-1], initial=0)),
-        x_stride=given.x.stride(0),
-        grad_stride=0 if given.grad is None else given.grad.stride(0),
+        x=_tokens(given.x),
+        grad=_tokens(given.grad),
         up=_Stack(given.up.data_ptr(), *given.up.stride(), KINDS[given.up.dtype]),
         down=_Stack(given.down.data_ptr(), *given.down.stride(), KINDS[given.down.dtype]),
         **{name: _start(getattr(given, name)) for name in _TENSORS},
@@ -260,12 +263,20 @@ def _check(given: ExpertRows) -> None:
                 f"{name} is {list(tensor.shape)}, which does not belong to {rows} rows and experts "
                 f"of {dim} to {width} to {made}"
             )
-        kind = given.up.dtype if name in _MATRICES and given.up.dtype in KINDS else torch.float32
+        # Of what belongs together the first says which of the kinds it is.
+        like = getattr(given, _LIKE.get(name, name))
+        kind = like.dtype if name in _LIKE and like.dtype in KINDS else torch.float32
         _check_memory(name, tensor, torch.int64 if name == "tokens" else kind)
 
 
 _WITH_GAPS = ("x", "grad", "up", "down")
-_MATRICES = ("up", "down", "of_up", "of_down")
+_LIKE = {
+    "x": "x",
+    "grad": "grad",
+    "pre": "pre",
+    "value": "pre",
+    **dict.fromkeys(("up", "down", "of_up", "of_down"), "up"),
+}
 
 
 def _check_memory(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -282,6 +293,16 @@ def _start(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def _tokens(tensor: Tensor | None) -> "_Tokens":
+    if tensor is None:
+        return _Tokens()
+    return _Tokens(tensor.data_ptr(), tensor.stride(0), KINDS[tensor.dtype])
+
+
+class _Tokens(ctypes.Structure):
+    _fields_ = (("at", ctypes.c_void_p), ("stride", ctypes.c_long), ("kind", ctypes.c_int))
+
+
 class _Stack(ctypes.Structure):
     _fields_ = (
         ("at", ctypes.c_void_p),
@@ -293,17 +314,17 @@ class _Stack(ctypes.Structure):
 
 
 _TENSORS = (
-    *("tokens", "weights", "x", "grad", "up_bias", "down_bias", "pre", "value", "of_weights"),
+    *("tokens", "weights", "up_bias", "down_bias", "pre", "value", "of_weights"),
     *("of_up", "of_down", "of_up_bias", "of_down_bias"),
 )
 
 
 class _Experts(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_int) for n in ("dim", "width", "made", "gated", "activation")),
+        *((n, ctypes.c_int) for n in ("dim", "width", "made", "gated", "activation", "kept")),
         *((n, ctypes.POINTER(ctypes.c_int64)) for n in ("counts", "starts")),
         *((n, ctypes.c_void_p) for n in _TENSORS),
-        *((n, ctypes.c_long) for n in ("x_stride", "grad_stride")),
+        *((n, _Tokens) for n in ("x", "grad")),
         *((n, _Stack) for n in ("up", "down")),
     )
 
@@ -327,12 +348,12 @@ class _Work(ctypes.Structure):
 
 class _Hidden(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_int) for n in ("kind", "rows", "width")),
+        *((n, ctypes.c_int) for n in ("kind", "rows", "width", "kept")),
         *((n, ctypes.c_void_p) for n in ("pre", "value")),
         ("stride", ctypes.c_long),
         *((n, ctypes.c_void_p) for n in ("hidden", "weights", "of_hidden", "of_pre", "of_value")),
         ("of_weights", ctypes.c_void_p),
-        ("of_stride", ctypes.c_long),
+        *((n, ctypes.c_long) for n in ("grad_stride", "of_stride")),
     )
 
 

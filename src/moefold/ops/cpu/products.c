@@ -11,7 +11,7 @@
  * rows eight sums side by side. It depends on its own row and column, and on how many rows there
  * are.
  *
- * All strides count floats. The numbers of a row follow each other; rows need not.
+ * The numbers of a row follow each other; rows need not.
  */
 
 #include "experts.h"
@@ -27,9 +27,6 @@ enum {
     FEW = 3,         /* rows for which a matrix is not arranged, */
     ABREAST = 4,     /* and columns that are then read side by side */
 };
-
-/* Where a row lies: after the one before, or as the index says. */
-INLINE long place(const int64_t *index, long row) { return index ? index[row] : row; }
 
 /* Copy `columns` of a row, or add them to it. */
 static void write_out(float *out, const float *from, int columns, int add)

@@ -1,5 +1,5 @@
 /* The best experts of every token with their weights, and the list of rows sorted by expert; slow
- * twins: `choose_reference` and `list_reference` in `routing.py`.
+ * twins: `top`, `weigh` and `list_reference` of `moefold.ops`.
  *
  * Several threads take blocks of tokens as they come. What is written for a token, and where, does
  * not depend on who took it.
@@ -9,7 +9,7 @@
 #include <math.h>
 #include <string.h>
 
-/* Eight marks, as one bit each: a mark is a byte of 0 or 1. */
+/* Eight marks, as one bit each: a mark is a byte that is not 0. */
 INLINE uint64_t eight_marks(const uint8_t *at, int count)
 {
     uint64_t marks = 0;
@@ -18,7 +18,8 @@ INLINE uint64_t eight_marks(const uint8_t *at, int count)
     else
         for (int i = 0; i < count; i++)
             marks |= (uint64_t)at[i] << 8 * i;
-    return marks & 0x0101010101010101;
+    const uint64_t low = 0x7f7f7f7f7f7f7f7f; /* adding it to the low bits of a byte sets the high */
+    return (((marks & low) + low) | marks) >> 7 & 0x0101010101010101;
 }
 
 /* For each marked expert of a token, ascending. */

@@ -1,7 +1,7 @@
 """The best experts of every token, and the list of rows sorted by expert, by compiled code.
 
 Shapes: `tokens experts` pairs, `rows` those that are chosen. The slow twins are `ops.select.top`
-with `ops.weigh`, and `ops.rows.list_reference`.
+with `ops.weigh`, and `ops.rows_torch.list_reference`.
 """
 
 import ctypes
@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 from moefold.ops.cpu.compiled import library
 from moefold.ops.cpu.eager import has_a_mode, hides_its_memory, is_transformed
 from moefold.ops.cpu.team import run_compiled_together
+from moefold.ops.rows_torch import Rows, list_reference
 from moefold.ops.select import top
 from moefold.ops.weigh import weigh, weigh_backward
 
@@ -43,7 +44,7 @@ def serves(
         *numbers: it reads float32.
         marks: it reads bool.
         indices: it reads int64.
-        as_operator: a mode may look on, or a compiler, because it will see an operator. Not a
+        as_operator: a mode may look on, or a compiler, because it will see operators. Not a
             program that is exported, which must run where moefold is not installed.
     """
     every = (*numbers, *marks, *indices)
@@ -54,7 +55,13 @@ def serves(
         and all(tensor.device.type == "cpu" for tensor in every)
     )
     if torch.compiler.is_compiling():  # a graph cannot hold the questions below
-        return can_read and as_operator and not torch.compiler.is_exporting()
+        return (
+            can_read
+            and as_operator
+            and not torch.compiler.is_exporting()
+            and not torch._C._are_functorch_transforms_active()
+            and forward_ad._current_level < 0
+        )
     return (
         can_read
         and not is_transformed()
@@ -89,8 +96,11 @@ def choose(
     """
     if contest.shape != scores.shape or scores.ndim != 2:
         raise ValueError(f"contest is {list(contest.shape)}, but scores are {list(scores.shape)}")
-    if not 0 < k <= min(scores.shape[1], MOST_CHOSEN) or scores.shape[1] > MOST_EXPERTS:
-        raise ValueError(f"k is {k} of {scores.shape[1]} experts, which is too many")
+    if scores.shape[1] > MOST_EXPERTS:
+        raise ValueError(f"there are {scores.shape[1]} experts; at most {MOST_EXPERTS} are allowed")
+    most = min(scores.shape[1], MOST_CHOSEN)
+    if not 0 < k <= most:
+        raise ValueError(f"k is {k}; of {scores.shape[1]} experts it must be from 1 to {most}")
     if real is not None and real.shape != scores.shape[:1]:
         raise ValueError(f"real is {list(real.shape)}, but there are {scores.shape[0]} tokens")
     given = contest, scores, k, real, normalize, scale
@@ -100,8 +110,8 @@ def choose(
     return _Choose.apply(*given) if wants_gradient else _run(_chosen, *given)
 
 
-def list_rows(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The list of chosen pairs as `ops.rows.Rows`, for tensors that this `serves`.
+def list_rows(chosen: Tensor, weights: Tensor) -> Rows:
+    """The list of chosen pairs, for tensors that this `serves`.
 
     Raises:
         ValueError: sizes that do not belong together.
@@ -109,7 +119,7 @@ def list_rows(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if chosen.shape != weights.shape or chosen.ndim != 2:
         raise ValueError(f"chosen is {list(chosen.shape)}, but weights {list(weights.shape)}")
     wants_gradient = torch.is_grad_enabled() and weights.requires_grad
-    return (_List.apply if wants_gradient else _listed)(chosen, weights)
+    return Rows(*(_List.apply if wants_gradient else _listed)(chosen, weights))
 
 
 class _Choose(torch.autograd.Function):
@@ -164,7 +174,7 @@ def _chosen(
 ) -> tuple[Tensor, Tensor]:
     if _functions() is None:  # a graph asked for it, which cannot know
         chosen = top(contest, k, 1, None if real is None else real[:, None].expand_as(contest))
-        return chosen, weigh(chosen, scores, normalize, scale)
+        return chosen.contiguous(), weigh(chosen, scores, normalize, scale).contiguous()
     contest, scores = contest.contiguous(), scores.contiguous()
     real = None if real is None else real.contiguous()
     chosen, weights = torch.empty_like(scores, dtype=torch.bool), torch.empty_like(scores)
@@ -190,7 +200,7 @@ def _of_scores(
     chosen: Tensor, scores: Tensor, of_weights: Tensor, normalize: bool, scale: float
 ) -> Tensor:
     if _functions() is None:
-        return weigh_backward(chosen, scores, of_weights, normalize, scale)
+        return weigh_backward(chosen, scores, of_weights, normalize, scale).contiguous()
     chosen, scores, of_weights = (part.contiguous() for part in (chosen, scores, of_weights))
     of_scores = torch.empty_like(scores)
     work = _Choice(
@@ -210,12 +220,12 @@ def _of_scores(
 
 @_chosen.register_fake
 def _(contest, scores, k, real, normalize, scale):
-    return torch.empty_like(scores, dtype=torch.bool), torch.empty_like(scores)
+    return scores.new_empty(scores.shape, dtype=torch.bool), scores.new_empty(scores.shape)
 
 
 @_of_scores.register_fake
 def _(chosen, scores, of_weights, normalize, scale):
-    return torch.empty_like(scores)
+    return scores.new_empty(scores.shape)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
@@ -228,16 +238,19 @@ def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
 
 def _differentiate(ctx: Any, _: None, of_weights: Tensor | None) -> tuple:
     scores, chosen = ctx.saved_tensors
-    of_scores = (
-        None if of_weights is None else _of_scores(chosen, scores, of_weights, *ctx.settings)
-    )
-    return None, of_scores, None, None, None, None
+    if of_weights is None:
+        return (None,) * 6
+    # Whoever differentiates twice needs a graph of what follows.
+    of = weigh_backward if torch.is_grad_enabled() else _of_scores
+    return None, of(chosen, scores, of_weights, *ctx.settings), None, None, None, None
 
 
 _chosen.register_autograd(_differentiate, setup_context=_keep)
 
 
-def _listed(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _listed(chosen: Tensor, weights: Tensor) -> Rows:
+    if has_a_mode():
+        return list_reference(chosen, weights)
     chosen, weights = chosen.contiguous(), weights.contiguous()
     tokens, experts = chosen.shape
     # As the input, whatever the default device is.
@@ -258,7 +271,7 @@ def _listed(chosen: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if rows:
         work.token_of_row, work.weight_of_row, work.next = token.data_ptr(), weight.data_ptr(), 0
         run_compiled_together(functions.list, ctypes.byref(work), threads)
-    return token, weight, counts
+    return Rows(token, weight, counts)
 
 
 def _of_pair(tokens: int, token: Tensor, counts: Tensor, of_row: Tensor) -> Tensor:
