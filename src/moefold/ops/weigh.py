@@ -1,6 +1,6 @@
 """Weights of chosen pairs, made of their scores.
 
-Shapes: `*tokens experts` pairs.
+Shapes: `tokens experts` pairs, with any dimensions before them.
 """
 
 import torch
