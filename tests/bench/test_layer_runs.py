@@ -239,3 +239,14 @@ def test_few_tokens():
         for record in point["records"]:
             assert record["us"][1] > 0
         assert point["records"][0]["of_dense"] == [1.0, 1.0, 1.0]
+
+
+def test_few_tokens_are_compared_by_their_results():
+    peers = [Fake("value", lambda y: y * 1.0001), Fake("gradient", Backwards.apply)]
+    for point in run_decode(TOKENS, "fp32", QUICK, peers)["points"]:
+        records = {record["variant"]: record for record in point["records"]}
+        assert records["value"]["differs"]
+        assert records["value"]["error_in"] == "y"
+        assert "us" not in records["value"]
+        assert records["gradient"]["error"] == 0
+        assert records["gradient"]["us"]

@@ -64,9 +64,12 @@ def draw_inputs(
 
 
 def outcome(
-    layer: nn.Module, x: Tensor, back: Tensor, gradients: Callable[[], dict[str, Tensor]]
+    layer: nn.Module, x: Tensor, back: Tensor | None, gradients: Callable[[], dict[str, Tensor]]
 ) -> dict[str, Tensor]:
-    """The result and every gradient of one pass; leaves none behind."""
+    """The result and every gradient of one pass, or the result alone; leaves no gradient behind."""
+    if back is None:
+        with torch.no_grad():
+            return {"y": layer(x).clone()}
     x.grad = None
     layer.zero_grad(set_to_none=True)
     y = layer(x)

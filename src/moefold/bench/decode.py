@@ -57,7 +57,8 @@ def run_decode(
     for number in settings.decode_tokens:
         said(f"{shape.name}, {dtype_name}, {number} tokens: checking and timing")
         small = replace(shape, tokens=number, sequences=1)
-        entrance = Entrance.of_run(small, dtype_name, settings)
+        # Of a few tokens, gradients of a router may all but cancel: what is left is rounding.
+        entrance = Entrance.of_run(small, dtype_name, settings, training=False)
         timed, records = entrance.all(settings.backends, peers)
         timed = {name: v for name, v in timed.items() if "not_compared" not in v.record}
         passes = {name: _inference_pass(variant.layer) for name, variant in timed.items()}

@@ -61,6 +61,7 @@ def run_layer(
     dtype, device = DTYPES[dtype_name], settings.device
     entrance = Entrance.of_run(shape, dtype_name, settings)
     inputs, back = entrance.inputs, entrance.back
+    assert back is not None
     said(f"{shape.name}, {dtype_name}: checking")
     timed, records = entrance.all(settings.backends, peers)
     del entrance  # it holds the gradients that were compared

@@ -57,7 +57,7 @@ class Entrance:
         device: where it runs.
         master: the reference, whose weights all get.
         inputs: of the run; the first is the one that is compared on.
-        back: gradient of the result.
+        back: gradient of the result; None if results alone are compared.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Entrance:
         device: str,
         master: MoE,
         inputs: Sequence[Tensor],
-        back: Tensor,
+        back: Tensor | None,
     ) -> None:
         self.shape = shape
         self.dtype_name = dtype_name
@@ -80,13 +80,15 @@ class Entrance:
         self._wanted: dict[str, Tensor] | None = None
 
     @classmethod
-    def of_run(cls, shape: Shape, dtype_name: str, settings: Settings) -> "Entrance":
-        """For a run: its reference, an input for each of its rounds, and a gradient."""
+    def of_run(
+        cls, shape: Shape, dtype_name: str, settings: Settings, *, training: bool = True
+    ) -> "Entrance":
+        """For a run: its reference, an input for each round, and for training a gradient."""
         dtype, device = DTYPES[dtype_name], settings.device
         torch.manual_seed(settings.seed)
         master = reference(shape, device, dtype)
         inputs = draw_inputs(shape, master, settings.rounds + settings.warmup, dtype, device)
-        back = torch.randn(inputs[0].shape).to(device, dtype)
+        back = torch.randn(inputs[0].shape).to(device, dtype) if training else None
         return cls(shape, dtype_name, device, master, inputs, back)
 
     def all(
