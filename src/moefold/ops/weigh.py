@@ -46,12 +46,10 @@ def weigh_backward(
         scale: likewise.
     """
     nothing = torch.zeros_like(scores)
-    own, kept = (
-        torch.where(chosen, of_weights * scale, nothing),
-        torch.where(chosen, scores, nothing),
-    )
+    own = torch.where(chosen, of_weights * scale, nothing)
     if not normalize:
         return own
+    kept = torch.where(chosen, scores, nothing)
     total = kept.sum(-1, keepdim=True)
     divisor = torch.where(total > 0, total, torch.ones_like(total))
     shared = torch.where(total > 0, (own * kept).sum(-1, keepdim=True) / divisor, 0.0)

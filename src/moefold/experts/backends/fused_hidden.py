@@ -56,29 +56,31 @@ class Half:
 
     def __init__(self, name: str, blocks: Blocks, kept: Tensor | None, like: Tensor) -> None:
         self._name, self._blocks = name, blocks
-        self._kept = None if kept is None else blocks.padded(kept)
-        self._in_place = kept is not None and kept.dtype == like.dtype
+        kept_blocks = None if kept is None else blocks.padded(kept)
+        in_place = kept is not None and kept.dtype == like.dtype
+        self._places = kept_blocks if in_place else None
+        self._copies = None if in_place else kept_blocks
 
     def widths(self, width: int) -> dict[str, int]:
         """What it uses of the scratch memory, by name."""
-        return {} if self._in_place else {self._name: width}
+        return {self._name: width} if self._places is None else {}
 
     def memory(self, i: int, scratch: Scratch) -> Tensor:
         """Where it is computed for a block."""
-        if self._in_place and self._kept is not None:
-            return self._kept[i]
-        return scratch(self._name, self._blocks[i].size)
+        if self._places is None:
+            return scratch(self._name, self._blocks[i].size)
+        return self._places[i]
 
     def keep(self, i: int, made: Tensor) -> None:
         """Keep what was computed for a block."""
-        if not self._in_place and self._kept is not None:
-            self._kept[i].copy_(made)
+        if self._copies is not None:
+            self._copies[i].copy_(made)
 
     def read(self, i: int, scratch: Scratch) -> Tensor:
         """What was kept of a block."""
         memory = self.memory(i, scratch)
-        if not self._in_place and self._kept is not None:
-            memory.copy_(self._kept[i])
+        if self._copies is not None:
+            memory.copy_(self._copies[i])
         return memory
 
 

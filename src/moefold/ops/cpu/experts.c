@@ -55,13 +55,13 @@ static long apart(int width) { return (width + 15) / 16 * 16 + 16; }
 static long larger(long one, long other) { return one > other ? one : other; }
 
 enum {
-    SLAB = 1 << 18, /* numbers of a gradient that are rounded at a time, in rows */
-    LEAST = 96,     /* of which there are a multiple of these */
+    SLAB = 1 << 18, /* numbers of a gradient that are rounded at a time, */
+    SLAB_ROWS = 96, /* in a multiple of so many rows */
 };
 
 static int slab(int lefts, int rights)
 {
-    return least(lefts, most(SLAB / rights / LEAST, 1) * LEAST);
+    return least(lefts, most(SLAB / rights / SLAB_ROWS, 1) * SLAB_ROWS);
 }
 
 /* Memory of a thread for one expert: where each part of it begins, in floats, and all of it. */
@@ -116,13 +116,13 @@ static const float *of_expert(const float *biases, int expert, int width)
     return biases ? biases + (long)expert * width : 0;
 }
 
-static void widen_all(const int kind, const void *from, long count, float *to)
+static void widen_all(int kind, const void *from, long count, float *to)
 {
     for (long i = 0; i < count; i += LANES)
         write(to + i, least(LANES, count - i), read_kind(kind, from, i, least(LANES, count - i)));
 }
 
-static void round_all(const int kind, const float *from, long count, void *to)
+static void round_all(int kind, const float *from, long count, void *to)
 {
     for (long i = 0; i < count; i += LANES) {
         const int some = least(LANES, count - i);
@@ -138,20 +138,9 @@ static Matrix of_rows(Tokens from, const int64_t *tokens, int rows, int width, f
     const long stride = apart(width);
     for (int row = 0; row < rows; row++) {
         const void *at = number(from.kind, from.at, tokens[row] * from.stride);
-        if (from.kind == BFLOAT16)
-            widen_all(BFLOAT16, at, width, into + row * stride);
-        else
-            widen_all(FLOAT16, at, width, into + row * stride);
+        widen_all(from.kind, at, width, into + row * stride);
     }
     return (Matrix){into, 0, stride, 0};
-}
-
-static void round_to(int kind, const float *from, long count, void *to)
-{
-    if (kind == BFLOAT16)
-        round_all(BFLOAT16, from, count, to);
-    else
-        round_all(FLOAT16, from, count, to);
 }
 
 /* One half of the first product: where the backward pass looks for it, if it is kept in float32,
@@ -166,7 +155,7 @@ static void keep(const Experts *given, const float *half, long start, int rows, 
 {
     const long width = given->width;
     if (kept && given->kept != FLOAT32)
-        round_to(given->kept, half, rows * width, (void *)number(given->kept, kept, start * width));
+        round_all(given->kept, half, rows * width, (void *)number(given->kept, kept, start * width));
 }
 
 static void forward(const Experts *given, int expert, float *sums, float *room)
@@ -263,7 +252,7 @@ static void sum_to(Gradient out, int depth, Matrix left, Matrix right, float *un
         float *made = rounds ? unrounded : at;
         sum(some, rights, depth, left, right, (Matrix){made, 0, rights, 0}, room);
         if (rounds)
-            round_to(out.kind, made, (long)some * rights, at);
+            round_all(out.kind, made, (long)some * rights, at);
     }
 }
 

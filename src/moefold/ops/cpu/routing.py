@@ -119,7 +119,7 @@ def list_rows(chosen: Tensor, weights: Tensor) -> Rows:
     if chosen.shape != weights.shape or chosen.ndim != 2:
         raise ValueError(f"chosen is {list(chosen.shape)}, but weights {list(weights.shape)}")
     wants_gradient = torch.is_grad_enabled() and weights.requires_grad
-    return Rows(*(_List.apply if wants_gradient else _listed)(chosen, weights))
+    return Rows(*_List.apply(chosen, weights)) if wants_gradient else _listed(chosen, weights)
 
 
 class _Choose(torch.autograd.Function):
