@@ -33,12 +33,12 @@ from moefold.experts.backends import (
 from moefold.experts.backends.fused import FusedBackend
 from moefold.experts.backends.fused_blocks import Blocks, room
 from moefold.experts.backends.fused_hidden import WRITTEN
-from moefold.experts.backends.fused_ops import work_dtype
 from moefold.experts.backends.fused_workers import run_on, share_out, workers_for
 from moefold.experts.backends.grouped import GroupedBackend
 from moefold.experts.backends.reference import ReferenceBackend
 from moefold.ops.cpu import experts as cpu_experts
 from moefold.ops.grouped import padded
+from moefold.ops.precise import work_dtype
 from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
 from moefold.testing.contract import run
 from moefold.testing.mixers import mix_problem, solve_mix

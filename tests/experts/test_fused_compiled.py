@@ -12,7 +12,7 @@ import torch
 from torch.testing._internal.two_tensor import TwoTensor
 
 from moefold.experts import Experts
-from moefold.experts.backends import fused_blocks, fused_workers
+from moefold.experts.backends import fused_blocks, fused_ops, fused_workers
 from moefold.experts.backends.fused import FusedBackend
 from moefold.ops.cpu import experts
 from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
@@ -154,6 +154,38 @@ def test_several_threads_compute_the_same(calls, monkeypatch):
     assert calls["forward"] == calls["backward"] == 1
     # Forward and backward, every expert once; the one without rows is some work, too.
     assert [[sorted(own) for own in one] for one in shares] == [[[5], [1, 2], [0, 3, 4]]] * 2
+
+
+@pytest.mark.parametrize("most", [0, 12, 1024], ids=["by torch", "both", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_that_are_their_own_tokens_share_one_sum(dtype, most, calls, monkeypatch):
+    torch.manual_seed(0)
+    layer = Experts(6, 24, 20, bias=True, dtype=dtype)
+    w, counts = layer.weights, torch.tensor([9, 0, 30, 12, 12, 40])
+    torch.set_num_threads(3)
+    monkeypatch.setattr(experts, "MOST_ROWS", most)
+    monkeypatch.setattr(fused_workers, "WORTH_IT", 0)
+    shared, really = [], fused_ops._sums
+
+    def made(*given):
+        sums = really(*given)
+        shared.append((len(sums), len({own.data_ptr() for own in sums})))
+        return sums
+
+    monkeypatch.setattr(fused_ops, "_sums", made)
+    rows = torch.randn(105, 24).to(dtype).requires_grad_()  # two of them belong to nobody
+    back = torch.randn(105, 24).to(dtype)
+    leaves, found = (rows, *layer.parameters()), []
+    for tokens in (None, torch.arange(105)):
+        y = fused_ops.mix(
+            rows, tokens, None, counts, w.up, w.down, w.up_bias, w.down_bias, True, "silu",
+            dtype, True,
+        )  # fmt: skip
+        found.append([y, *torch.autograd.grad(y, leaves, back)])
+    for own, indexed in zip(*found, strict=True):
+        assert own.any()
+        assert torch.equal(own, indexed)
+    assert shared == [(3, 1), (3, 1), (3, 3), (3, 3)]
 
 
 def test_an_index_that_points_elsewhere_is_refused(calls):

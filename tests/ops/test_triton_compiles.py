@@ -39,7 +39,7 @@ def call():
 expected = {"_count", "_place", "_gather"}
 """
 SOFT = """
-from moefold.ops.soft import SoftMaps
+from moefold.ops.soft import KernelMaps
 from moefold.ops.triton import soft
 def call():
     for dtype, precision in DTYPES:
@@ -47,8 +47,8 @@ def call():
         real = torch.ones(2, 256, dtype=torch.bool) if dtype == torch.bfloat16 else None
         logits = torch.randn(2, 256, 32, 8, requires_grad=True)
         x = torch.randn(2, 256, 768, dtype=dtype, requires_grad=True)
-        rows = SoftMaps().dispatch(logits, x, real)
-        SoftMaps().combine(logits, rows, real).sum().backward()
+        rows = KernelMaps().dispatch(logits, x, real)
+        KernelMaps().combine(logits, rows, real).sum().backward()
 DTYPES = [(torch.bfloat16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 expected = {"_mix", "_sum_products", "_grad_values", "_grad_logits"}
 """

@@ -4,8 +4,8 @@ Shapes: `groups members dim` tokens, `groups members experts slots` logits, and 
 of a routing: `[experts, groups, slots]` flattened. `real` marks the real tokens; others have no
 share in any row, whatever they hold, and come back as zero.
 
-`SoftMaps` is what a `SoftRouting` made from logits is given: the routing then keeps the logits
-only, and its two tensors of weights exist while somebody looks at them.
+`TorchMaps` or `KernelMaps` is what a `SoftRouting` made from logits is given: the routing then
+keeps the logits only, and its two tensors of weights exist while somebody uses them.
 """
 
 from dataclasses import dataclass
@@ -13,6 +13,9 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from moefold.ops.grouped import linear_dtype
+from moefold.ops.precise import product, work_dtype
 
 Logits = Float[Tensor, "groups members experts slots"]
 Real = Bool[Tensor, "groups members"] | None
@@ -32,28 +35,80 @@ def combine_weight(logits: Logits, real: Real = None) -> Logits:
     return weight if real is None else weight * real[:, :, None, None]
 
 
+def to_rows(
+    weight: Logits, x: Float[Tensor, "groups members dim"], real: Real = None
+) -> Float[Tensor, "rows dim"]:
+    """Tokens to rows: every row is a weighted mean of the tokens of its group."""
+    if real is not None:
+        # A padding token may hold anything; zero times infinity would not be zero.
+        x = torch.where(real.unsqueeze(-1), x, torch.zeros_like(x))
+    rows = _mixed(weight.flatten(2).transpose(1, 2), x)
+    return rows.unflatten(1, weight.shape[2:]).transpose(0, 1).flatten(0, 2)
+
+
+def to_tokens(
+    weight: Logits, rows: Float[Tensor, "rows dim"]
+) -> Float[Tensor, "groups members dim"]:
+    """Rows to tokens: every token is a weighted mean of all rows of its group."""
+    groups, _, experts, slots = weight.shape
+    by_group = rows.reshape(experts, groups, slots, rows.shape[1]).transpose(0, 1)
+    return _mixed(weight.flatten(2), by_group.flatten(1, 2))
+
+
+def _mixed(weight: Tensor, given: Tensor) -> Tensor:
+    """Weighted sums, in the dtype that a linear layer would have here."""
+    dtype = linear_dtype(given)
+    if given.device.type == "cpu" and work_dtype(dtype) != dtype:
+        return product(weight, given, dtype)
+    return weight.to(given.dtype) @ given
+
+
 def dispatch_reference(
     logits: Logits, x: Float[Tensor, "groups members dim"], real: Real = None
 ) -> Float[Tensor, "rows dim"]:
     """Tokens to rows, with all weights at once."""
-    if real is not None:
-        x = torch.where(real.unsqueeze(-1), x, torch.zeros_like(x))
-    weight = dispatch_weight(logits, real).to(x.dtype)
-    return torch.einsum("gmes,gmd->egsd", weight, x).flatten(0, 2)
+    return to_rows(dispatch_weight(logits, real), x, real)
 
 
 def combine_reference(
     logits: Logits, rows: Float[Tensor, "rows dim"], real: Real = None
 ) -> Float[Tensor, "groups members dim"]:
     """Rows to tokens, with all weights at once."""
-    groups, _, experts, slots = logits.shape
-    rows = rows.reshape(experts, groups, slots, rows.shape[1])
-    return torch.einsum("gmes,egsd->gmd", combine_weight(logits, real).to(rows.dtype), rows)
+    return to_tokens(combine_weight(logits, real), rows)
 
 
 @dataclass(frozen=True, slots=True)
-class SoftMaps:
-    """The maps of a soft routing by kernels, which read the logits and write no weights."""
+class TorchMaps:
+    """The maps of a soft routing from its logits, by torch's operations.
+
+    Each map makes its own weights. Those of the second are then made after the experts ran, and are
+    gone before the backward pass comes to the experts.
+    """
+
+    def dispatch_weight(self, logits: Logits, real: Real) -> Logits:
+        """See the function of this name."""
+        return dispatch_weight(logits, real)
+
+    def combine_weight(self, logits: Logits, real: Real) -> Logits:
+        """See the function of this name."""
+        return combine_weight(logits, real)
+
+    def dispatch(
+        self, logits: Logits, x: Float[Tensor, "groups members dim"], real: Real
+    ) -> Float[Tensor, "rows dim"]:
+        """Tokens to rows."""
+        return dispatch_reference(logits, x, real)
+
+    def combine(
+        self, logits: Logits, rows: Float[Tensor, "rows dim"], real: Real
+    ) -> Float[Tensor, "groups members dim"]:
+        """Rows to tokens."""
+        return combine_reference(logits, rows, real)
+
+
+@dataclass(frozen=True, slots=True)
+class KernelMaps:
+    """The same by kernels, which read the logits and write no weights."""
 
     def dispatch_weight(self, logits: Logits, real: Real) -> Logits:
         """See the function of this name."""
@@ -69,7 +124,7 @@ class SoftMaps:
         """Tokens to rows."""
         from moefold.ops.triton.soft import soft_mix
 
-        return soft_mix(logits, _as_autocast(x).flatten(0, 1), real, True)[0]
+        return soft_mix(logits, x.to(linear_dtype(x)).flatten(0, 1), real, True)[0]
 
     def combine(
         self, logits: Logits, rows: Float[Tensor, "rows dim"], real: Real
@@ -77,12 +132,5 @@ class SoftMaps:
         """Rows to tokens."""
         from moefold.ops.triton.soft import soft_mix
 
-        mixed = soft_mix(logits, _as_autocast(rows), real, False)[0]
+        mixed = soft_mix(logits, rows.to(linear_dtype(rows)), real, False)[0]
         return mixed.reshape(*logits.shape[:2], rows.shape[1])
-
-
-def _as_autocast(x: Tensor) -> Tensor:
-    """In the dtype that a matrix product would have here."""
-    kind = x.device.type
-    on = kind != "meta" and torch.is_autocast_enabled(kind)
-    return x.to(torch.get_autocast_dtype(kind)) if on else x

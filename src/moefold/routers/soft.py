@@ -12,22 +12,15 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moefold.ops import kernels
-from moefold.ops.soft import SoftMaps, combine_weight, dispatch_weight
+from moefold.ops.precise import inverse_length, product
+from moefold.ops.soft import KernelMaps, TorchMaps
 from moefold.routers.base import (
     AbstractRouter,
     check_at_least_zero,
     check_positive,
-    float32_or_better,
     in_full_precision,
 )
 from moefold.routing import Group, Routing, SoftRouting
-
-_EPSILON = 1e-6
-
-
-def inverse_length(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*ones"]:
-    """`1 / sqrt(sum x^2 + 1e-6)`, the form of the released code; smooth at zero."""
-    return torch.rsqrt(x.square().sum(dim, keepdim=True) + _EPSILON)
 
 
 @final
@@ -74,33 +67,26 @@ class SoftRouter(AbstractRouter):
     ) -> Routing:
         """Route the tokens; see `AbstractRouter.forward`."""
         self.check(x, mask)
-        grouping, valid = self.as_groups(x, mask)
+        grouping, _ = self.as_groups(x, mask)
         with in_full_precision(x.device):
-            tokens = float32_or_better(x)
-            if mask is not None:
-                # Padding may hold NaN, and zero times NaN would reach the router's gradient.
-                tokens = tokens.masked_fill(~mask.unsqueeze(-1), 0.0)
-            tokens = grouping.split(tokens)
-            logits = self._logits(tokens)
+            # Padding may hold NaN, and zero times NaN would reach the router's gradient.
+            tokens = x if mask is None else x.masked_fill(~mask.unsqueeze(-1), 0.0)
+            logits = self._logits(grouping.split(tokens))
             self.check_finite(logits.flatten(1), None)
             if self.noise_std and self.training:
                 logits = logits + torch.randn_like(logits) * self.noise_std
-            if kernels.serve(logits):
-                return SoftRouting(logits=logits, maps=SoftMaps(), grouping=grouping, mask=mask)
-            return SoftRouting(
-                dispatch_weight=dispatch_weight(logits, valid),
-                combine_weight=combine_weight(logits, valid),
-                grouping=grouping,
-                mask=mask,
-                logits=logits,
-            )
+            maps = KernelMaps() if kernels.serve(logits) else TorchMaps()
+            return SoftRouting(logits=logits, maps=maps, grouping=grouping, mask=mask)
 
     def _logits(self, tokens: Float[Tensor, "groups members dim"]) -> Tensor:
-        phi = self.phi.to(tokens.dtype)
-        if not tokens.shape[1]:
+        """Cosines times the scale; in float32 or better, whatever the tokens are."""
+        dtype = torch.promote_types(tokens.dtype, torch.float32)
+        phi = self.phi.to(dtype)
+        if tokens.shape[1]:
+            phi = phi * (self.scale.to(dtype) * inverse_length(self.phi, 0))
+        else:
             phi = phi[..., :0]  # slots with nothing to mix would pass the experts all the same
-            return (tokens @ phi.flatten(1)).unflatten(2, phi.shape[1:])
-        phi = self.scale.to(tokens.dtype) * (phi * inverse_length(phi, 0))
+        logits = product(tokens.flatten(0, 1), phi.flatten(1), dtype)
         # A token's length divides its logits: normalised, tokens would be kept once more.
-        logits = (tokens @ phi.flatten(1)) * inverse_length(tokens, -1)
+        logits = logits.unflatten(0, tokens.shape[:2]) * inverse_length(tokens, -1)
         return logits.unflatten(2, phi.shape[1:])

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from moefold.ops.soft import to_rows, to_tokens
 from moefold.routing.grouping import Grouping
 
 Weights = Float[Tensor, "groups members experts slots"]
@@ -168,12 +169,7 @@ class SoftRouting:
         """Tokens to rows: every row is a weighted mean of the tokens of its group."""
         if self.maps is not None:
             return self.maps.dispatch(self._like, self.grouping.split(x), self._real)
-        if self.mask is not None:
-            # A padding token may hold anything; zero times infinity would not be zero.
-            x = torch.where(self.mask.unsqueeze(-1), x, torch.zeros_like(x))
-        weight = self.dispatch_weight.to(x.dtype)
-        rows = weight.flatten(2).transpose(1, 2) @ self.grouping.split(x)
-        return rows.unflatten(1, weight.shape[2:]).transpose(0, 1).flatten(0, 2)
+        return to_rows(self.dispatch_weight, self.grouping.split(x), self._real)
 
     def settled(self, rows: Float[Tensor, "rows dim"]) -> "SoftRouting":
         """Itself: no result of an expert changes it, see `SparseRouting.settled`."""
@@ -183,10 +179,7 @@ class SoftRouting:
         """Rows to tokens: every real token is a weighted mean of all rows of its group."""
         if self.maps is not None:
             return self.grouping.merge(self.maps.combine(self._like, rows, self._real))
-        groups, _, experts, slots = self._like.shape
-        by_group = rows.reshape(experts, groups, slots, rows.shape[1]).transpose(0, 1)
-        mixed = self.combine_weight.to(rows.dtype).flatten(2) @ by_group.flatten(1, 2)
-        return self.grouping.merge(mixed)
+        return self.grouping.merge(to_tokens(self.combine_weight, rows))
 
     def as_matrices(
         self,

@@ -43,8 +43,7 @@ class FusedBackend(AbstractMixer):
         weights: ExpertWeights,
     ) -> Float[Tensor, "rows dim"]:
         """Apply every expert to its rows."""
-        every = torch.arange(rows.shape[0], device=rows.device)
-        return _run(rows, every, None, rows_per_expert, weights)
+        return _run(rows, None, None, rows_per_expert, weights)
 
     def mix(
         self, x: Float[Tensor, "tokens dim"], routing: SparseRouting, weights: ExpertWeights
@@ -57,7 +56,7 @@ class FusedBackend(AbstractMixer):
 
 def _run(
     x: Tensor,
-    token_of_row: Tensor,
+    token_of_row: Tensor | None,
     weight_of_row: Tensor | None,
     rows_per_expert: Tensor,
     weights: ExpertWeights,

@@ -38,19 +38,7 @@ from moefold.ops.cpu import experts
 from moefold.ops.cpu.eager import has_a_mode, hides_its_memory, is_transformed
 from moefold.ops.cpu.pages import in_huge_pages
 from moefold.ops.grouped import padded, too_few_rows
-
-
-def work_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that products of this one are computed in.
-
-    A processor without instructions for bfloat16 or float16 multiplies such matrices tens of times
-    slower than float32 ones; there a block is cast, computed in float32 and rounded at its end.
-    """
-    if dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return torch.float32
-    if dtype == torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return torch.float32
-    return dtype
+from moefold.ops.precise import work_dtype
 
 
 # torch.compile caches graphs on disk by the name of an operator, with the shapes it returned then:
@@ -58,7 +46,7 @@ def work_dtype(dtype: torch.dtype) -> torch.dtype:
 @torch.library.custom_op("moefold::fused_experts", mutates_args=())
 def mixture(
     x: Tensor,
-    token_of_row: Tensor,
+    token_of_row: Tensor | None,
     weight_of_row: Tensor | None,
     rows_per_expert: Tensor,
     up: Tensor,
@@ -74,7 +62,7 @@ def mixture(
 
     Args:
         x: the tokens.
-        token_of_row: the token of every row.
+        token_of_row: the token of every row; None if row r is token r.
         weight_of_row: what is added to a token is multiplied by it; None for 1.
         rows_per_expert: how many rows each expert has.
         up: first matrices.
@@ -89,7 +77,7 @@ def mixture(
     Raises:
         ValueError: counts below 0 or beyond the rows; a token that is not there.
     """
-    width, dim, rows = down.shape[2], down.shape[1], token_of_row.shape[0]
+    width, dim, rows = down.shape[2], down.shape[1], _rows(token_of_row, x)
     like, counts = x.new_empty(0, dtype=work_dtype(dtype)), _counts(rows_per_expert, rows)
     kept_rows = room(rows, up.shape[0], like) if keep else 0
     kept = (
@@ -115,7 +103,7 @@ def mixture(
         activation=activation,
     )
     plan = _plan(given, like, sum_dtype)
-    sums = [x.new_zeros(x.shape[0], dim, dtype=sum_dtype) for _ in range(plan.workers)]
+    sums = _sums(plan, token_of_row, x.new_zeros(x.shape[0], dim, dtype=sum_dtype))
     if plan.shares:
         experts.forward(replace(given, x=experts.readable(x)), plan.shares, sums)
     if plan.leaves_some:
@@ -134,12 +122,18 @@ def _counts(rows_per_expert: Tensor, rows: int) -> list[int]:
     return counts
 
 
-def _tokens(token_of_row: Tensor, counts: Sequence[int], tokens: int) -> Tensor:
+def _rows(token_of_row: Tensor | None, x: Tensor) -> int:
+    return x.shape[0] if token_of_row is None else token_of_row.shape[0]
+
+
+def _tokens(token_of_row: Tensor | None, counts: Sequence[int], tokens: int) -> Tensor:
     """The token of every row as compiled code reads it: that cannot see a wrong one.
 
     Raises:
         ValueError: a row names a token that is not there.
     """
+    if token_of_row is None:
+        return torch.arange(tokens)
     index = token_of_row.to(torch.int64).contiguous()
     if sum(counts):
         first, last = (int(end) for end in index.aminmax())
@@ -191,7 +185,7 @@ def _plan(given: experts.ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> _P
 def mixture_backward(
     grad: Tensor,
     x: Tensor,
-    token_of_row: Tensor,
+    token_of_row: Tensor | None,
     weight_of_row: Tensor | None,
     rows_per_expert: Tensor,
     up: Tensor,
@@ -217,7 +211,7 @@ def mixture_backward(
     of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias = _gradients(
         leaves, [first_sum, *wanted[1:]]
     )
-    counts = _counts(rows_per_expert, token_of_row.shape[0])
+    counts = _counts(rows_per_expert, _rows(token_of_row, x))
     given = experts.ExpertRows(
         counts=counts,
         tokens=_tokens(token_of_row, counts, x.shape[0]),
@@ -239,10 +233,8 @@ def mixture_backward(
         of_down_bias=in_dtype_of(of_down_bias, like) if for_down_bias else None,
     )
     plan, size = _plan(given, like, sum_dtype), x.shape if for_x else (0,)
-    sums = [
-        of_x.zero_() if first_sum and not i else x.new_zeros(size, dtype=sum_dtype)
-        for i in range(plan.workers)
-    ]
+    first = of_x.zero_() if first_sum else x.new_zeros(size, dtype=sum_dtype)
+    sums = _sums(plan, token_of_row, first)
     if plan.shares:
         readable = {"x": experts.readable(x), "grad": experts.readable(grad)}
         compiled_sums = sums if for_x else [None] * plan.workers
@@ -256,11 +248,19 @@ def mixture_backward(
     return of_x, of_weight, of_up, of_down, of_up_bias, of_down_bias
 
 
+def _sums(plan: _Plan, token_of_row: Tensor | None, first: Tensor) -> list[Tensor]:
+    """What each worker adds its rows to: where no two have a token in common, all to the same."""
+    if token_of_row is None:
+        return [first] * plan.workers
+    return [first, *(torch.zeros_like(first) for _ in range(plan.workers - 1))]
+
+
 def total(sums: Sequence[Tensor]) -> Tensor:
     """What all workers have, added in their order."""
     first, *others = sums
     for other in others:
-        first.add_(other)
+        if other is not first:
+            first.add_(other)
     return first
 
 
@@ -282,7 +282,7 @@ def _mixture_shape(
     activation, dtype, keep,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     like, width = x.new_empty(0, dtype=work_dtype(dtype)), down.shape[2]
-    kept = room(token_of_row.shape[0], up.shape[0], like) if keep else 0
+    kept = room(_rows(token_of_row, x), up.shape[0], like) if keep else 0
     sizes = ((x.shape[0], down.shape[1]), (kept, width), (kept if gated else 0, width))
     out, pre, value = (x.new_empty(size, dtype=dtype) for size in sizes)
     return out, pre, value

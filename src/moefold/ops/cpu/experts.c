@@ -68,7 +68,7 @@ static int slab(int lefts, int rights)
 typedef struct {
     long hidden;    /* [rows, width] */
     long first;     /* the first product, or its gradient: [rows, width], twice if gated */
-    long x, grad;   /* [rows, dim] and [rows, made], if they are not float32 where they lie */
+    long gathered;  /* [rows, made] of grad, then [rows, dim] of x, if not float32 as they lie */
     long unrounded; /* a slab of a gradient, if that is not float32 */
     long all;
 } Room;
@@ -83,9 +83,9 @@ static Room divide(const Experts *given, long rows, int backward)
     const long of_down = (long)slab(given->made, given->width) * given->width;
     Room room = {.hidden = moefold_room()};
     room.first = room.hidden + rows * apart(given->width);
-    room.x = room.first + rows * apart(given->width) * (given->gated ? 2 : 1);
-    room.grad = room.x + (gathers_x ? rows * apart(given->dim) : 0);
-    room.unrounded = room.grad + (gathers_grad ? rows * apart(given->made) : 0);
+    room.gathered = room.first + rows * apart(given->width) * (given->gated ? 2 : 1);
+    room.unrounded = room.gathered + rows * larger(gathers_x ? apart(given->dim) : 0,
+                                                   gathers_grad ? apart(given->made) : 0);
     room.all = room.unrounded + (rounds ? larger(of_up, of_down) : 0);
     return room;
 }
@@ -167,7 +167,7 @@ static void forward(const Experts *given, int expert, float *sums, float *room)
     float *hidden = room + own.hidden, *first = room + own.first;
     float *pre = half_at(given, given->pre, start, first);
     float *value = half_at(given, given->value, start, first + rows * stride);
-    const Matrix x = of_rows(given->x, tokens, rows, given->dim, room + own.x);
+    const Matrix x = of_rows(given->x, tokens, rows, given->dim, room + own.gathered);
     const float *bias = of_expert(given->up_bias, expert, given->gated ? 2 * width : width);
     product(rows, width, given->dim, x, transposed(given->up, expert, 0),
              (Matrix){pre, 0, width, 0}, (Finish){bias, 0, 0}, room);
@@ -281,7 +281,7 @@ static void backward(const Experts *given, int expert, float *sums, float *room)
     float *unrounded = room + own.unrounded;
     /* What is computed from it is written over it. */
     float *of_hidden = of_first + (given->gated ? width : 0);
-    const Matrix grad = of_rows(given->grad, tokens, rows, made, room + own.grad);
+    const Matrix grad = of_rows(given->grad, tokens, rows, made, room + own.gathered);
     const Matrix of_pre_and_value = {of_first, 0, of_stride, 0};
     const int goes_on = sums || of_up.at || of_up_bias;
     if (goes_on || of_weights)
@@ -303,9 +303,9 @@ static void backward(const Experts *given, int expert, float *sums, float *room)
         sum_to(of_down, rows, grad, (Matrix){hidden, 0, stride, 0}, unrounded, room);
     if (of_up_bias)
         sum_rows(rows, first, of_pre_and_value, 0, of_up_bias);
-    if (of_up.at)
+    if (of_up.at) /* nobody reads the gradient any more, over which x may be written */
         sum_to(of_up, rows, of_pre_and_value,
-               of_rows(given->x, tokens, rows, dim, room + own.x), unrounded, room);
+               of_rows(given->x, tokens, rows, dim, room + own.gathered), unrounded, room);
     if (sums)
         product(rows, dim, first, of_pre_and_value, as_it_is(given->up, expert),
                  (Matrix){sums, 0, dim, tokens}, (Finish){0, 0, 1}, room);
