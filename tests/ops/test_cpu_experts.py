@@ -357,6 +357,38 @@ def test_memory_that_is_not_as_it_was_promised_is_refused():
             experts.backward(replace(given, **{name: tensor}), [[0, 1, 2]], sums)
 
 
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_first_of_an_index_that_is_not_there(compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr(experts, "_functions", lambda: None)
+    for index, size, wrong in (
+        ([], 0, None),
+        ([0, 4, 0], 5, None),
+        ([4, 0, 5, -1], 5, 5),
+        ([4, 0, -1, 5], 5, -1),
+        ([0], 0, 0),
+        ([-(2**63)], 5, -(2**63)),
+        ([2**63 - 1], 5, 2**63 - 1),
+    ):
+        assert experts.first_beyond(torch.tensor(index, dtype=torch.int64), size) == wrong, index
+
+
+def test_tokens_are_made_readable_where_they_are_not():
+    given = problem((3, 2), 8, 6, 10, gated=True, bias=False, weighted=False)
+    assert given.grad is not None
+    assert experts.readable(given) is given
+    turned = replace(given, x=given.x.mT.contiguous().mT)
+    found = experts.readable(turned)
+    assert torch.equal(found.x, given.x)
+    assert (turned.x.stride(1), found.x.stride(1)) == (8, 1)
+    assert found.grad is turned.grad
+    wide = experts.readable(replace(given, grad=given.grad.double()))
+    assert wide.grad is not None
+    assert wide.grad.dtype == torch.float32
+    assert torch.equal(wide.grad, given.grad)
+    assert wide.x is given.x
+
+
 def test_what_cannot_be_computed(monkeypatch):
     like, stack = torch.empty(0), torch.empty(2, 12, 8)
     assert experts.can_compute(like, stack, stack.mT)

@@ -22,7 +22,6 @@ thousand rows (`ops.cpu.experts`), and torch's operations for all others (`fused
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -105,11 +104,13 @@ def mixture(
     plan = _plan(given, like, sum_dtype)
     sums = _sums(plan, token_of_row, x.new_zeros(x.shape[0], dim, dtype=sum_dtype))
     if plan.shares:
-        experts.forward(replace(given, x=experts.readable(x)), plan.shares, sums)
+        experts.forward(experts.readable(given), plan.shares, sums)
     if plan.leaves_some:
         fused_torch.forward(given, sums, like, compiled=plan.can_compile)
-    for part in kept:
-        part[sum(padded(count, like) for count in counts if count) :].zero_()
+    if keep:
+        used = sum(padded(count, like) for count in counts if count)
+        for part in kept:
+            part[used:].zero_()
     return total(sums).to(dtype), *kept
 
 
@@ -133,16 +134,14 @@ def _tokens(token_of_row: Tensor | None, counts: Sequence[int], tokens: int) -> 
         ValueError: a row names a token that is not there.
     """
     if token_of_row is None:
-        return torch.arange(tokens)
+        return torch.arange(tokens, device="cpu")
     index = token_of_row.to(torch.int64).contiguous()
-    if sum(counts):
-        first, last = (int(end) for end in index.aminmax())
-        if first < 0 or last >= tokens:
-            wrong = first if first < 0 else last
-            raise ValueError(
-                f"token_of_row names token {wrong}, but there are {tokens}; a routing belongs to "
-                f"the tokens it was made for"
-            )
+    wrong = experts.first_beyond(index, tokens) if sum(counts) else None
+    if wrong is not None:
+        raise ValueError(
+            f"token_of_row names token {wrong}, but there are {tokens}; a routing belongs to the "
+            f"tokens it was made for"
+        )
     return index
 
 
@@ -174,11 +173,14 @@ def _plan(given: experts.ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> _P
         and (written is None or written.dtype == torch.float32)
         and experts.can_compute(like, given.up, given.down)
     )
-    workers = max(min(workers, sum(count > 0 for count in given.counts)), 1)
-    own = [i for i, count in enumerate(given.counts) if can_compile and experts.suits(count)]
-    parts = share_out([max(given.counts[i], 1) for i in own], workers)  # zeros are some work, too
+    counts, backward = given.counts, given.grad is not None
+    workers = max(min(workers, len(counts) - counts.count(0)), 1)
+    # Without rows there is nothing to do forward; zeros in the backward pass are some work, too.
+    busy = [i for i, count in enumerate(counts) if count or backward]
+    own = [i for i in busy if experts.suits(counts[i])] if can_compile else []
+    parts = share_out([max(counts[i], 1) for i in own], workers)
     shares = [[own[i] for i in part] for part in parts] if own else []
-    return _Plan(workers, can_compile, shares, len(own) < len(given.counts))
+    return _Plan(workers, can_compile, shares, len(own) < len(busy))
 
 
 @torch.library.custom_op("moefold::fused_experts_backward", mutates_args=())
@@ -236,9 +238,8 @@ def mixture_backward(
     first = of_x.zero_() if first_sum else x.new_zeros(size, dtype=sum_dtype)
     sums = _sums(plan, token_of_row, first)
     if plan.shares:
-        readable = {"x": experts.readable(x), "grad": experts.readable(grad)}
         compiled_sums = sums if for_x else [None] * plan.workers
-        experts.backward(replace(given, **readable), plan.shares, compiled_sums)
+        experts.backward(experts.readable(given), plan.shares, compiled_sums)
     if plan.leaves_some:
         fused_torch.backward(given, sums, like, for_x=for_x, compiled=plan.can_compile)
     of_x = total(sums).to(x.dtype)

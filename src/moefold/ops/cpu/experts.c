@@ -311,6 +311,15 @@ static void backward(const Experts *given, int expert, float *sums, float *room)
                  (Matrix){sums, 0, dim, tokens}, (Finish){0, 0, 1}, room);
 }
 
+/* Where an index leaves 0 ... size - 1 for the first time; -1 if nowhere. */
+EXPORT int64_t moefold_first_beyond(const int64_t *index, int64_t count, int64_t size)
+{
+    for (int64_t i = 0; i < count; i++)
+        if ((uint64_t)index[i] >= (uint64_t)size)
+            return i;
+    return -1;
+}
+
 /* What several threads do together. */
 typedef struct {
     const Experts *given;

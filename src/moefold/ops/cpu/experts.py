@@ -10,7 +10,7 @@ all else is float32. Nothing but `x`, `grad`, `up` and `down` may have gaps.
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 from typing import Any
@@ -84,10 +84,16 @@ def can_compute(like: Tensor, up: Tensor, down: Tensor) -> bool:
         like.dtype == torch.float32
         and up.dtype == down.dtype
         and up.dtype in KINDS
-        and all(t.device.type == "cpu" for t in (like, up, down))
-        and all(t.numel() > 0 and 1 in t.stride()[-2:] for t in (up, down))
+        and like.device.type == up.device.type == down.device.type == "cpu"
+        and _has_no_gaps(up)
+        and _has_no_gaps(down)
         and _functions() is not None
     )
+
+
+def _has_no_gaps(stack: Tensor) -> bool:
+    """Whether the numbers of rows or those of columns follow each other."""
+    return stack.numel() > 0 and 1 in stack.stride()[-2:]
 
 
 def suits(rows: int) -> bool:
@@ -95,10 +101,31 @@ def suits(rows: int) -> bool:
     return rows <= MOST_ROWS
 
 
-def readable(tokens: Tensor) -> Tensor:
-    """In a dtype of `KINDS`, the numbers of a token one after another."""
+def readable(given: ExpertRows) -> ExpertRows:
+    """With tokens in a dtype of `KINDS`, the numbers of each one after another."""
+    x, grad = _readable(given.x), None if given.grad is None else _readable(given.grad)
+    as_it_is = x is given.x and grad is given.grad
+    return given if as_it_is else replace(given, x=x, grad=grad)
+
+
+def _readable(tokens: Tensor) -> Tensor:
     tokens = tokens if tokens.dtype in KINDS else tokens.to(torch.float32)
     return tokens if tokens.stride(1) == 1 else tokens.contiguous()
+
+
+def first_beyond(index: Tensor, size: int) -> int | None:
+    """The first number of an index, int64 without gaps, that is not below a size; or below 0.
+
+    Args:
+        index: of anything of that size.
+        size: how many there are.
+    """
+    functions = _functions()
+    if functions is None:
+        wrong = index[(index < 0) | (index >= size)]
+        return int(wrong[0]) if wrong.shape[0] else None
+    place = functions.first_beyond(index.data_ptr(), index.shape[0], size)
+    return None if place < 0 else int(index[place])
 
 
 def forward(given: ExpertRows, shares: Sequence[Sequence[int]], sums: Sequence[Tensor]) -> None:
@@ -199,31 +226,27 @@ def _run(
         made=given.down.shape[1],
         gated=given.gated,
         activation=ACTIVATIONS[given.activation],
-        kept=KINDS[torch.float32 if given.pre is None else given.pre.dtype],
+        kept=0 if given.pre is None else KINDS[given.pre.dtype],
         counts=many(*counts),
         starts=many(*accumulate(counts[:-1], initial=0)),
         x=_tokens(given.x),
         grad=_tokens(given.grad),
         up=_Stack(given.up.data_ptr(), *given.up.stride(), KINDS[given.up.dtype]),
         down=_Stack(given.down.data_ptr(), *given.down.stride(), KINDS[given.down.dtype]),
-        **{name: _start(getattr(given, name)) for name in _TENSORS},
     )
-    largest = [max((counts[i] for i in share), default=0) for share in shares]
-    sizes = [functions.room_for(ctypes.byref(described), rows, backward) for rows in largest]
-    rooms = [torch.empty(size, dtype=torch.float32, device="cpu") for size in sizes]
-    parts = zip(shares, sums, rooms, strict=True)
-    work = _Work(
-        given=ctypes.pointer(described),
-        shares=(_Share * len(shares))(
-            *(
-                _Share((ctypes.c_int * len(own))(*own), len(own), _start(sum_), room.data_ptr())
-                for own, sum_, room in parts
-            )
-        ),
-        count=len(shares),
-        backward=backward,
-        next=0,
-    )
+    for name in _TENSORS:
+        tensor = getattr(given, name)
+        if tensor is not None:
+            setattr(described, name, tensor.data_ptr())
+    parts, rooms = (_Share * len(shares))(), []
+    for part, own, sum_ in zip(parts, shares, sums, strict=True):
+        most = max([counts[i] for i in own], default=0)
+        size = functions.room_for(ctypes.byref(described), most, backward)
+        room = torch.empty(size, dtype=torch.float32, device="cpu")
+        part.experts, part.count = (ctypes.c_int * len(own))(*own), len(own)
+        part.sums, part.room = _start(sum_), room.data_ptr()
+        rooms.append(room)
+    work = _Work(ctypes.pointer(described), parts, len(shares), backward)
     run_compiled_together(functions.work, ctypes.byref(work), all_threads(len(shares)))
 
 
@@ -237,25 +260,27 @@ def _check(given: ExpertRows) -> None:
     rows, dim, first = sum(given.counts), given.up.shape[-1], (1 + given.gated) * width
     if len(given.counts) != experts or min(given.counts) < 0:
         raise ValueError(f"{experts} experts cannot have {list(given.counts)} rows")
-    least = {
-        "x": (0, dim),
-        "grad": (given.x.shape[0], made),
-        "tokens": (rows,),
-        "weights": (rows,),
-        "of_weights": (rows,),
-        "pre": (rows, width),
-        "value": (rows, width),
-        "up": (experts, first, dim),
-        "of_up": (experts, first, dim),
-        "down": (experts, made, width),
-        "of_down": (experts, made, width),
-        "up_bias": (experts, first),
-        "of_up_bias": (experts, first),
-        "down_bias": (experts, made),
-        "of_down_bias": (experts, made),
-    }
-    for name, (size, *rest) in least.items():
-        tensor = getattr(given, name)
+    # Of what belongs together the first says which of the kinds it is.
+    of_x, of_up = _kind(given.x), _kind(given.up)
+    of_grad, of_kept = _kind(given.grad), _kind(given.pre)
+    float32 = torch.float32
+    for name, tensor, dtype, size, *rest in (
+        ("x", given.x, of_x, 0, dim),
+        ("grad", given.grad, of_grad, given.x.shape[0], made),
+        ("tokens", given.tokens, torch.int64, rows),
+        ("weights", given.weights, float32, rows),
+        ("of_weights", given.of_weights, float32, rows),
+        ("pre", given.pre, of_kept, rows, width),
+        ("value", given.value, of_kept, rows, width),
+        ("up", given.up, of_up, experts, first, dim),
+        ("of_up", given.of_up, of_up, experts, first, dim),
+        ("down", given.down, of_up, experts, made, width),
+        ("of_down", given.of_down, of_up, experts, made, width),
+        ("up_bias", given.up_bias, float32, experts, first),
+        ("of_up_bias", given.of_up_bias, float32, experts, first),
+        ("down_bias", given.down_bias, float32, experts, made),
+        ("of_down_bias", given.of_down_bias, float32, experts, made),
+    ):
         if tensor is None:
             continue
         if tensor.shape[0] < size or list(tensor.shape[1:]) != rest:
@@ -263,20 +288,15 @@ def _check(given: ExpertRows) -> None:
                 f"{name} is {list(tensor.shape)}, which does not belong to {rows} rows and experts "
                 f"of {dim} to {width} to {made}"
             )
-        # Of what belongs together the first says which of the kinds it is.
-        like = getattr(given, _LIKE.get(name, name))
-        kind = like.dtype if name in _LIKE and like.dtype in KINDS else torch.float32
-        _check_memory(name, tensor, torch.int64 if name == "tokens" else kind)
+        _check_memory(name, tensor, dtype)
+
+
+def _kind(tensor: Tensor | None) -> torch.dtype:
+    """Its dtype if that is one of `KINDS`, else the one that it should have had."""
+    return tensor.dtype if tensor is not None and tensor.dtype in KINDS else torch.float32
 
 
 _WITH_GAPS = ("x", "grad", "up", "down")
-_LIKE = {
-    "x": "x",
-    "grad": "grad",
-    "pre": "pre",
-    "value": "pre",
-    **dict.fromkeys(("up", "down", "of_up", "of_down"), "up"),
-}
 
 
 def _check_memory(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
@@ -363,6 +383,7 @@ class _Functions:
     activate: Any
     differentiate: Any
     room_for: Any
+    first_beyond: Any
 
 
 def _known() -> _Functions:
@@ -376,11 +397,17 @@ def _functions() -> _Functions | None:
     found = library()
     if isinstance(found, str):
         return None
-    one = {"work": found.moefold_work, "room_for": found.moefold_room_for}
+    one = {
+        "work": found.moefold_work,
+        "room_for": found.moefold_room_for,
+        "first_beyond": found.moefold_first_beyond,
+    }
     both = {"activate": found.moefold_activate, "differentiate": found.moefold_differentiate}
     one["work"].argtypes, one["work"].restype = [ctypes.c_void_p], None
     one["room_for"].argtypes = [ctypes.POINTER(_Experts), ctypes.c_int, ctypes.c_int]
     one["room_for"].restype = ctypes.c_long
+    one["first_beyond"].argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    one["first_beyond"].restype = ctypes.c_int64
     for function in both.values():
         function.argtypes, function.restype = [ctypes.POINTER(_Hidden)], None
     return _Functions(**one, **both)

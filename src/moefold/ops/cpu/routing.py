@@ -48,23 +48,19 @@ def serves(
             program that is exported, which must run where moefold is not installed.
     """
     every = (*numbers, *marks, *indices)
-    can_read = (
-        all(tensor.dtype == torch.float32 for tensor in numbers)
-        and all(tensor.dtype == torch.bool for tensor in marks)
-        and all(tensor.dtype == torch.int64 for tensor in indices)
-        and all(tensor.device.type == "cpu" for tensor in every)
-    )
+    for tensors, dtype in ((numbers, torch.float32), (marks, torch.bool), (indices, torch.int64)):
+        for tensor in tensors:
+            if tensor.dtype != dtype or tensor.device.type != "cpu":
+                return False
     if torch.compiler.is_compiling():  # a graph cannot hold the questions below
         return (
-            can_read
-            and as_operator
+            as_operator
             and not torch.compiler.is_exporting()
             and not torch._C._are_functorch_transforms_active()
             and forward_ad._current_level < 0
         )
     return (
-        can_read
-        and not is_transformed()
+        not is_transformed()
         and not any(hides_its_memory(tensor) for tensor in every)
         and (as_operator or not has_a_mode())
         and forward_ad._current_level < 0
