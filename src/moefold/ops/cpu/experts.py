@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -124,7 +123,7 @@ def first_beyond(index: Tensor, size: int) -> int | None:
     if functions is None:
         wrong = index[(index < 0) | (index >= size)]
         return int(wrong[0]) if wrong.shape[0] else None
-    place = functions.first_beyond(index.data_ptr(), index.shape[0], size)
+    place = functions.moefold_first_beyond(index.data_ptr(), index.shape[0], size)
     return None if place < 0 else int(index[place])
 
 
@@ -160,7 +159,7 @@ def backward(
 
 def activate(activation: str, pre: Tensor, value: Tensor | None, hidden: Tensor) -> None:
     """Write `act(pre) * value`, or `act(pre)`, of rows `[rows, width]`."""
-    _known().activate(_hidden(activation, pre, value, hidden))
+    _known().moefold_activate(_hidden(activation, pre, value, hidden))
 
 
 def differentiate(
@@ -193,7 +192,7 @@ def differentiate(
     if of_first is not None:
         given.of_stride = of_first.stride(0)
         given.of_value = None if value is None else of_first[:, width:].data_ptr()
-    _known().differentiate(given)
+    _known().moefold_differentiate(given)
 
 
 def _hidden(activation: str, pre: Tensor, value: Tensor | None, hidden: Tensor) -> "_Hidden":
@@ -241,13 +240,13 @@ def _run(
     parts, rooms = (_Share * len(shares))(), []
     for part, own, sum_ in zip(parts, shares, sums, strict=True):
         most = max([counts[i] for i in own], default=0)
-        size = functions.room_for(ctypes.byref(described), most, backward)
+        size = functions.moefold_room_for(ctypes.byref(described), most, backward)
         room = torch.empty(size, dtype=torch.float32, device="cpu")
         part.experts, part.count = (ctypes.c_int * len(own))(*own), len(own)
         part.sums, part.room = _start(sum_), room.data_ptr()
         rooms.append(room)
     work = _Work(ctypes.pointer(described), parts, len(shares), backward)
-    run_compiled_together(functions.work, ctypes.byref(work), all_threads(len(shares)))
+    run_compiled_together(functions.moefold_work, ctypes.byref(work), all_threads(len(shares)))
 
 
 def _check(given: ExpertRows) -> None:
@@ -377,37 +376,22 @@ class _Hidden(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Functions:
-    work: Any
-    activate: Any
-    differentiate: Any
-    room_for: Any
-    first_beyond: Any
-
-
-def _known() -> _Functions:
+def _known() -> ctypes.CDLL:
     functions = _functions()
     assert functions is not None, "nobody asked whether compiled code can compute this"
     return functions
 
 
 @cache
-def _functions() -> _Functions | None:
+def _functions() -> ctypes.CDLL | None:
     found = library()
     if isinstance(found, str):
         return None
-    one = {
-        "work": found.moefold_work,
-        "room_for": found.moefold_room_for,
-        "first_beyond": found.moefold_first_beyond,
-    }
-    both = {"activate": found.moefold_activate, "differentiate": found.moefold_differentiate}
-    one["work"].argtypes, one["work"].restype = [ctypes.c_void_p], None
-    one["room_for"].argtypes = [ctypes.POINTER(_Experts), ctypes.c_int, ctypes.c_int]
-    one["room_for"].restype = ctypes.c_long
-    one["first_beyond"].argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
-    one["first_beyond"].restype = ctypes.c_int64
-    for function in both.values():
+    found.moefold_work.argtypes, found.moefold_work.restype = [ctypes.c_void_p], None
+    found.moefold_room_for.argtypes = [ctypes.POINTER(_Experts), ctypes.c_int, ctypes.c_int]
+    found.moefold_room_for.restype = ctypes.c_long
+    found.moefold_first_beyond.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64]
+    found.moefold_first_beyond.restype = ctypes.c_int64
+    for function in (found.moefold_activate, found.moefold_differentiate):
         function.argtypes, function.restype = [ctypes.POINTER(_Hidden)], None
-    return _Functions(**one, **both)
+    return found

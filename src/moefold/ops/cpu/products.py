@@ -9,9 +9,7 @@ Experts multiply within compiled code (`experts.c`); this is the entrance for te
 """
 
 import ctypes
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +23,7 @@ def make_room() -> Tensor | None:
     functions = _functions()
     if functions is None:
         return None
-    return torch.empty(functions.room, dtype=torch.float32, device="cpu")
+    return torch.empty(functions.moefold_room(), dtype=torch.float32, device="cpu")
 
 
 def product(
@@ -56,7 +54,7 @@ def product(
     experts, turned = right.shape[0] if right.ndim == 3 else 1, right.stride(-2) == 1
     functions = _functions()
     assert functions is not None, "without it there is no room either"
-    functions.product(
+    functions.moefold_products(
         experts,
         left.shape[-2] if left_index is None else left_index.shape[0] // experts,
         right.shape[-1],
@@ -90,7 +88,7 @@ def sums(
     assert functions is not None, "without it there is no room either"
     experts = out.shape[0] if out.ndim == 3 else 1
     rows = left.shape[-2] if left_index is None else left_index.shape[0] // experts
-    functions.sums(
+    functions.moefold_sums(
         experts,
         out.shape[-2],
         out.shape[-1],
@@ -110,15 +108,8 @@ def _place(matrix: Tensor, index: Tensor | None) -> tuple[int, int, int, int | N
     return matrix.data_ptr(), between, matrix.stride(-2), None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Functions:
-    product: Any
-    sums: Any
-    room: int
-
-
 @cache
-def _functions() -> _Functions | None:
+def _functions() -> ctypes.CDLL | None:
     found = library()
     if isinstance(found, str):
         return None
@@ -129,4 +120,4 @@ def _functions() -> _Functions | None:
     sums.argtypes = [i, i, i, i, *matrix, p, *matrix, p, *matrix, p]
     product.restype = sums.restype = None
     found.moefold_room.restype = n
-    return _Functions(product=product, sums=sums, room=found.moefold_room())
+    return found

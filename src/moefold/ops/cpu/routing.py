@@ -6,7 +6,6 @@ with `ops.weigh`, and `ops.rows_torch.list_reference`.
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -187,7 +186,7 @@ def _chosen(
         chosen=chosen.data_ptr(),
         weights=weights.data_ptr(),
     )
-    run_compiled_together(_known().choose, ctypes.byref(work), _threads_for(scores))
+    run_compiled_together(_known().moefold_choose, ctypes.byref(work), _threads_for(scores))
     return chosen, weights
 
 
@@ -210,7 +209,7 @@ def _of_scores(
         of_weights=of_weights.data_ptr(),
         of_scores=of_scores.data_ptr(),
     )
-    run_compiled_together(_known().choose, ctypes.byref(work), _threads_for(scores))
+    run_compiled_together(_known().moefold_choose, ctypes.byref(work), _threads_for(scores))
     return of_scores
 
 
@@ -261,19 +260,19 @@ def _listed(chosen: Tensor, weights: Tensor) -> Rows:
         places=places.data_ptr(),
     )
     functions, threads = _known(), _threads_for(chosen)
-    run_compiled_together(functions.list, ctypes.byref(work), threads)
-    rows = functions.places(ctypes.byref(work), counts.data_ptr())
+    run_compiled_together(functions.moefold_list, ctypes.byref(work), threads)
+    rows = functions.moefold_places(ctypes.byref(work), counts.data_ptr())
     token, weight = chosen.new_empty(rows, dtype=torch.int64), weights.new_empty(rows)
     if rows:
         work.token_of_row, work.weight_of_row, work.next = token.data_ptr(), weight.data_ptr(), 0
-        run_compiled_together(functions.list, ctypes.byref(work), threads)
+        run_compiled_together(functions.moefold_list, ctypes.byref(work), threads)
     return Rows(token, weight, counts)
 
 
 def _of_pair(tokens: int, token: Tensor, counts: Tensor, of_row: Tensor) -> Tensor:
     token, counts, of_row = (part.contiguous() for part in (token, counts, of_row))
     of_pair = of_row.new_zeros(tokens, counts.shape[0])
-    _known().unlist(
+    _known().moefold_unlist(
         counts.shape[0], counts.data_ptr(), token.data_ptr(), of_row.data_ptr(), of_pair.data_ptr()
     )
     return of_pair
@@ -312,22 +311,14 @@ class _Listing(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Functions:
-    choose: Any
-    list: Any
-    places: Any
-    unlist: Any
-
-
-def _known() -> _Functions:
+def _known() -> ctypes.CDLL:
     functions = _functions()
     assert functions is not None, "nobody asked whether compiled code serves"
     return functions
 
 
 @cache
-def _functions() -> _Functions | None:
+def _functions() -> ctypes.CDLL | None:
     found = library()
     if isinstance(found, str):
         return None
@@ -336,9 +327,4 @@ def _functions() -> _Functions | None:
     found.moefold_places.argtypes, found.moefold_places.restype = [_POINTER] * 2, ctypes.c_int64
     found.moefold_unlist.argtypes = [ctypes.c_int, *[_POINTER] * 4]
     found.moefold_unlist.restype = None
-    return _Functions(
-        choose=found.moefold_choose,
-        list=found.moefold_list,
-        places=found.moefold_places,
-        unlist=found.moefold_unlist,
-    )
+    return found
