@@ -229,9 +229,9 @@ def has_choice(routing: Routing) -> TypeGuard[SparseRouting]:
 
 def zero(routing: Routing) -> Float[Tensor, ""]:
     """A loss of nothing."""
-    made_of = (
-        routing.weight_of_row if isinstance(routing, SparseRouting) else routing.combine_weight
-    )
+    if isinstance(routing, SparseRouting):
+        return routing.weight_of_row.new_zeros(())
+    made_of = routing.combine_weight if routing.logits is None else routing.logits
     return made_of.new_zeros(())
 
 

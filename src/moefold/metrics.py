@@ -70,7 +70,7 @@ def experts_per_token(routing: Routing) -> float:
     """Mean number of rows of a real token (of slots it mixes, if soft)."""
     real = int(_real(routing).sum())
     if isinstance(routing, SoftRouting):
-        return float(routing.combine_weight.shape[2] * routing.combine_weight.shape[3])
+        return float(routing.num_experts * routing.slots)
     return int(routing.rows_per_expert.sum()) / max(real, 1)
 
 
@@ -135,10 +135,7 @@ def _real(routing: Routing) -> Bool[Tensor, "batch tokens"]:
     if routing.mask is not None:
         return routing.mask
     shape = routing.grouping.batch, routing.grouping.tokens
-    made_of = (
-        routing.weight_of_row if isinstance(routing, SparseRouting) else routing.combine_weight
-    )
-    return torch.ones(shape, dtype=torch.bool, device=made_of.device)
+    return torch.ones(shape, dtype=torch.bool, device=routing.rows_per_expert.device)
 
 
 def _logits_of_real(routing: Routing) -> Tensor:

@@ -406,7 +406,16 @@ def test_fused_operators_are_registered_right():
         tokens = torch.tensor([0, 2, 3, 6, 1, 2, 3, 4, 5, 6, 0, 0])  # two spare rows
         args = (w.up, w.down, w.up_bias, w.down_bias, gated, "silu", dtype, True)
         given = (x, tokens, weight, torch.tensor([4, 0, 6]), *args)
-        torch.library.opcheck(torch.ops.moefold.fused_experts.default, given)
+        own = (x, None, None, torch.tensor([4, 0, 2]), *args)  # a spare row
+        for some in (given, own):
+            torch.library.opcheck(torch.ops.moefold.fused_experts.default, some)
+            _, pre, value = torch.ops.moefold.fused_experts(*some)
+            back = (torch.randn(7, 8).to(dtype), *some[:-4], pre, value, gated, "silu", [True] * 6)
+            torch.library.opcheck(
+                torch.ops.moefold.fused_experts_backward.default,
+                back,
+                test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"),
+            )
 
 
 @pytest.mark.parametrize("backend", PRIORITY)

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moefold import MoE, MoEConfig, routers
 from moefold.experts import AbstractMixer, backends
 from moefold.experts.backends import PRIORITY, fused_ops
+from moefold.ops import soft
 from moefold.routers import RouterConfig
 from moefold.testing.mixers import MixProblem, mix_problem, solve_mix
 from moefold.testing.problems import problem, solve
@@ -51,7 +52,8 @@ def dtype(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> to
     """A dtype, and low precision as this processor would not compute it by itself too."""
     name, _, wide = request.param.partition(" ")
     work: dict[torch.dtype, torch.dtype] = {torch.bfloat16: torch.float32} if wide else {}
-    monkeypatch.setattr(fused_ops, "work_dtype", lambda dtype: work.get(dtype, dtype))
+    for module in (fused_ops, soft):
+        monkeypatch.setattr(module, "work_dtype", lambda dtype: work.get(dtype, dtype))
     return getattr(torch, name)
 
 

@@ -160,8 +160,8 @@ def test_several_threads_compute_the_same(calls, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_rows_that_are_their_own_tokens_share_one_sum(dtype, most, calls, monkeypatch):
     torch.manual_seed(0)
-    layer = Experts(6, 24, 20, bias=True, dtype=dtype)
-    w, counts = layer.weights, torch.tensor([9, 0, 30, 12, 12, 40])
+    layer = Experts(6, 21, 20, bias=True, dtype=dtype)  # a width that ends within a lane
+    w, counts = layer.weights, torch.tensor([9, 0, 30, 12, 2, 40])
     torch.set_num_threads(3)
     monkeypatch.setattr(experts, "MOST_ROWS", most)
     monkeypatch.setattr(fused_workers, "WORTH_IT", 0)
@@ -173,10 +173,10 @@ def test_rows_that_are_their_own_tokens_share_one_sum(dtype, most, calls, monkey
         return sums
 
     monkeypatch.setattr(fused_ops, "_sums", made)
-    rows = torch.randn(105, 24).to(dtype).requires_grad_()  # two of them belong to nobody
-    back = torch.randn(105, 24).to(dtype)
+    rows = torch.randn(95, 21).to(dtype).requires_grad_()  # two of them belong to nobody
+    back = torch.randn(95, 21).to(dtype)
     leaves, found = (rows, *layer.parameters()), []
-    for tokens in (None, torch.arange(105)):
+    for tokens in (None, torch.arange(95)):
         y = fused_ops.mix(
             rows, tokens, None, counts, w.up, w.down, w.up_bias, w.down_bias, True, "silu",
             dtype, True,
@@ -196,6 +196,13 @@ def test_an_index_that_points_elsewhere_is_refused(calls):
         routing = replace(given.routing, token_of_row=tokens)
         with pytest.raises(ValueError, match=f"names token {wrong}, but there are 40"):
             FusedBackend().mix(given.x, routing, given.weights)
+
+
+def test_an_index_that_lies_elsewhere_is_refused(calls):
+    given = mix_problem((9, 0, 30), 40, 24, 20).to(torch.float32)
+    routing = replace(given.routing, token_of_row=given.routing.token_of_row.to("meta"))
+    with pytest.raises(ValueError, match="token_of_row is on meta, but its tokens are on the cpu"):
+        FusedBackend().mix(given.x, routing, given.weights)
 
 
 def test_counts_below_zero_are_refused(calls):

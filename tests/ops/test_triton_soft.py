@@ -189,19 +189,11 @@ def test_a_routing_made_of_logits(group, masked):
     with kernels_everywhere():
         fast = router(x, mask)
     assert isinstance(fast, SoftRouting)
-    assert fast.given is None
+    assert isinstance(slow, SoftRouting)
+    assert (fast.maps, slow.maps) == (KernelMaps(), TorchMaps())
     assert (fast.num_experts, fast.num_tokens) == (2, 12)
     assert torch.equal(fast.rows_per_expert, slow.rows_per_expert)
     assert torch.equal(fast.expert_of_row, slow.expert_of_row)
-    # The weights are those of the slow routing, and teach the router what those teach.
-    for name in ("dispatch_weight", "combine_weight"):
-        left, right = getattr(fast, name), getattr(slow, name)
-        assert torch.equal(left, right)
-        grads = [
-            torch.autograd.grad(w.square().sum(), router.phi, retain_graph=True)[0]
-            for w in (left, right)
-        ]
-        assert torch.equal(*grads)
     rows, tokens = fast.dispatch(x), fast.combine(slow.dispatch(x))
     # Sums of at most 12 products of weights that add up to 1, in another order.
     apart = 2 * (12 + 8) * EPS * float(x.abs().max())

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moefold.ops.soft import TorchMaps
 from moefold.routing import Group, Grouping, SoftRouting
 
 # The maps and their matrices add the same products in another order: a few float64 roundings.
@@ -143,6 +144,30 @@ def test_nothing_mixes_into_nothing(batch, tokens):
     rows = routing.dispatch(torch.randn(batch, tokens, 5, dtype=torch.float64))
     assert torch.equal(rows, torch.zeros(3 * batch * 2, 5, dtype=torch.float64))
     assert routing.combine(rows).shape == (batch, tokens, 5)
+
+
+@pytest.mark.parametrize("group", ["sequence", "batch", "position", 4], ids=str)
+def test_logits_make_the_weights_and_the_maps_of_them(group):
+    mask = torch.tensor([[True, True, False, True], [True, True, True, False]])
+    grouping = Grouping(group, 2, 4)
+    logits = torch.randn(grouping.groups, grouping.members, 3, 2, dtype=torch.float64)
+    made = SoftRouting(grouping=grouping, mask=mask, logits=logits, maps=TorchMaps())
+    shares = logits.exp() * grouping.split(mask)[:, :, None, None]
+    given = SoftRouting(
+        grouping=grouping,
+        mask=mask,
+        dispatch_weight=shares / shares.sum(1, keepdim=True).clamp_min(1e-300),
+        combine_weight=shares / shares.sum((2, 3), keepdim=True).clamp_min(1e-300),
+    )
+    assert (made.num_experts, made.slots) == (given.num_experts, given.slots) == (3, 2)
+    x = torch.randn(2, 4, 5, dtype=torch.float64)
+    for find in (
+        lambda r: r.dispatch_weight,
+        lambda r: r.combine_weight,
+        lambda r: r.dispatch(x),
+        lambda r: r.combine(given.dispatch(x)),
+    ):
+        torch.testing.assert_close(find(made), find(given), rtol=0, atol=SUM_ORDER)
 
 
 def test_a_routing_needs_weights_or_what_makes_them():

@@ -6,6 +6,8 @@ A tensor of bfloat16 or float16 that is cast and then multiplied would be kept f
 as it was cast, twice as large. Here it is kept as it came, and cast again.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from functools import reduce
 from typing import Any
 
 import torch
@@ -14,8 +16,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from moefold.ops.cpu.eager import is_transformed
+from moefold.ops.grouped import LOW_PRECISION
 
 _EPSILON = 1e-6
+
+
+def in_full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """No autocast: rounding scores to half precision changes which experts are chosen."""
+    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _emulated() -> tuple[torch.dtype, ...]:
@@ -52,73 +61,96 @@ def product(
         right: likewise.
         dtype: of the result.
     """
-    if _keeps_as_they_are(left, right):
-        return _Product.apply(left, right, dtype)
-    return _product(left, right, dtype)
+    given = left, right, dtype
+    return _Product.apply(*given) if _keeps(left, right) else _product(*given)
+
+
+def over_length(
+    x: Float[Tensor, "tokens dim"], directions: Float[Tensor, "dim columns"]
+) -> Float[Tensor, "tokens columns"]:
+    """`x @ directions / sqrt(sum x^2 + 1e-6)` in float32 or better, by token; smooth at zero.
+
+    Differentiable any number of times. The form of the code that the authors of Soft MoE released;
+    the length divides what the product made, so that no tokens of length 1 are kept.
+    """
+    given = x, directions
+    return _OverLength.apply(*given) if _keeps(*given) else _over_length(*given)
 
 
 def inverse_length(x: Float[Tensor, "*shape"], dim: int) -> Float[Tensor, "*ones"]:
-    """`1 / sqrt(sum x^2 + 1e-6)` in float32 or better; smooth at zero.
-
-    The form of the code that the authors of Soft MoE released.
-    """
-    if _keeps_as_they_are(x):
-        return _InverseLength.apply(x, dim)
-    return _inverse_length(x, dim)
+    """`1 / sqrt(sum x^2 + 1e-6)`, in the dtype of x."""
+    return torch.rsqrt(x.square().sum(dim, keepdim=True) + _EPSILON)
 
 
-def _keeps_as_they_are(*tensors: Tensor) -> bool:
-    """Whether a backward pass is to come that would keep what was cast.
+def _keeps(*factors: Tensor) -> bool:
+    """Whether a backward pass would keep what was cast.
 
     Of what is transformed, casts are left to whoever transforms it.
     """
     return (
         torch.is_grad_enabled()
-        and any(t.dtype in (torch.bfloat16, torch.float16) for t in tensors)
+        and any(t.requires_grad for t in factors)
+        and any(t.dtype in LOW_PRECISION for t in factors)
         and not is_transformed()
         and forward_ad._current_level < 0
     )
 
 
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return reduce(torch.promote_types, (t.dtype for t in tensors), torch.float32)
+
+
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
-    kind = left.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return (left.to(wide) @ right.to(wide)).to(dtype)
-    with torch.autocast(kind, enabled=False):
+    wide = _wide(left, right)
+    with in_full_precision(left.device):
         return (left.to(wide) @ right.to(wide)).to(dtype)
 
 
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-        ctx.save_for_backward(left, right)
+        for_left, for_right, _ = ctx.needs_input_grad
+        ctx.save_for_backward(left if for_right else None, right if for_left else None)
+        ctx.dtypes = left.dtype, right.dtype
         return _product(left, right, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         left, right = ctx.saved_tensors
-        for_left, for_right, _ = ctx.needs_input_grad
+        of_left, of_right = ctx.dtypes
         return (
-            product(grad, right.mT, left.dtype) if for_left else None,
-            product(left.mT, grad, right.dtype) if for_right else None,
+            None if right is None else product(grad, right.mT, of_left),
+            None if left is None else product(left.mT, grad, of_right),
             None,
         )
 
 
-def _inverse_length(x: Tensor, dim: int) -> Tensor:
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return torch.rsqrt(wide.square().sum(dim, keepdim=True) + _EPSILON)
+def _over_length(x: Tensor, directions: Tensor) -> Tensor:
+    with in_full_precision(x.device):
+        x = x.to(_wide(x, directions))
+        return (x @ directions.to(x.dtype)) * inverse_length(x, -1)
 
 
-class _InverseLength(torch.autograd.Function):
+class _OverLength(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dim: int) -> Tensor:
-        inverse = _inverse_length(x, dim)
-        ctx.save_for_backward(x, inverse)
-        return inverse
+    def forward(ctx: Any, x: Tensor, directions: Tensor) -> Tensor:
+        made = _over_length(x, directions)
+        ctx.save_for_backward(x, directions, made)
+        return made
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, inverse = ctx.saved_tensors
-        return (grad * inverse**3).neg().mul(x).to(x.dtype), None
+        x, directions, made = ctx.saved_tensors
+        for_x, for_directions = ctx.needs_input_grad
+        with in_full_precision(x.device):
+            tokens = x.to(made.dtype)
+            inverse = inverse_length(tokens, -1)
+            grad = grad * inverse
+            of_x = of_directions = None
+            if for_x:
+                along = (grad * made).sum(-1, keepdim=True) * inverse
+                # Both parts cancel along the token: they are rounded together.
+                of_x = (grad @ directions.to(made.dtype).mT - along * tokens).to(x.dtype)
+            if for_directions:
+                of_directions = (tokens.mT @ grad).to(directions.dtype)
+            return of_x, of_directions

@@ -81,17 +81,9 @@ def combine_reference(
 class TorchMaps:
     """The maps of a soft routing from its logits, by torch's operations.
 
-    Each map makes its own weights. Those of the second are then made after the experts ran, and are
-    gone before the backward pass comes to the experts.
+    Each map makes its own weights. Those of the second are then made after the experts ran, and the
+    backward pass is done with them before it comes to the experts.
     """
-
-    def dispatch_weight(self, logits: Logits, real: Real) -> Logits:
-        """See the function of this name."""
-        return dispatch_weight(logits, real)
-
-    def combine_weight(self, logits: Logits, real: Real) -> Logits:
-        """See the function of this name."""
-        return combine_weight(logits, real)
 
     def dispatch(
         self, logits: Logits, x: Float[Tensor, "groups members dim"], real: Real
@@ -109,14 +101,6 @@ class TorchMaps:
 @dataclass(frozen=True, slots=True)
 class KernelMaps:
     """The same by kernels, which read the logits and write no weights."""
-
-    def dispatch_weight(self, logits: Logits, real: Real) -> Logits:
-        """See the function of this name."""
-        return dispatch_weight(logits, real)
-
-    def combine_weight(self, logits: Logits, real: Real) -> Logits:
-        """See the function of this name."""
-        return combine_weight(logits, real)
 
     def dispatch(
         self, logits: Logits, x: Float[Tensor, "groups members dim"], real: Real

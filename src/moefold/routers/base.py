@@ -7,7 +7,6 @@ import abc
 import difflib
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, TypeGuard
 
 import torch
@@ -257,12 +256,6 @@ def check_one_of(name: str, value: object, allowed: Sequence[object]) -> None:
         near = difflib.get_close_matches(str(value), [str(one) for one in allowed], n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}.{hint}")
-
-
-def in_full_precision(device: torch.device) -> AbstractContextManager[object]:
-    """No autocast: rounding scores to half precision changes which experts are chosen."""
-    on = device.type != "meta" and torch.is_autocast_enabled(device.type)
-    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def float32_or_better(tensor: Tensor) -> Tensor:

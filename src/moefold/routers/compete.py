@@ -23,9 +23,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moefold.ops.precise import in_full_precision
 from moefold.ops.select import top
 from moefold.ops.weigh import weigh
-from moefold.routers.base import float32_or_better, in_full_precision
+from moefold.routers.base import float32_or_better
 from moefold.routing import SparseRouting
 
 

@@ -12,13 +12,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from moefold.ops import kernels
-from moefold.ops.precise import inverse_length, product
+from moefold.ops.precise import in_full_precision, inverse_length, over_length
 from moefold.ops.soft import KernelMaps, TorchMaps
 from moefold.routers.base import (
     AbstractRouter,
     check_at_least_zero,
     check_positive,
-    in_full_precision,
 )
 from moefold.routing import Group, Routing, SoftRouting
 
@@ -83,10 +82,8 @@ class SoftRouter(AbstractRouter):
         dtype = torch.promote_types(tokens.dtype, torch.float32)
         phi = self.phi.to(dtype)
         if tokens.shape[1]:
-            phi = phi * (self.scale.to(dtype) * inverse_length(self.phi, 0))
+            phi = phi * (self.scale.to(dtype) * inverse_length(phi, 0))
         else:
             phi = phi[..., :0]  # slots with nothing to mix would pass the experts all the same
-        logits = product(tokens.flatten(0, 1), phi.flatten(1), dtype)
-        # A token's length divides its logits: normalised, tokens would be kept once more.
-        logits = logits.unflatten(0, tokens.shape[:2]) * inverse_length(tokens, -1)
-        return logits.unflatten(2, phi.shape[1:])
+        logits = over_length(tokens.flatten(0, 1), phi.flatten(1))
+        return logits.reshape(*tokens.shape[:2], *phi.shape[1:])

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from moefold.ops.precise import in_full_precision
 from moefold.routers.adapt import Adapt, RunningThreshold
 from moefold.routers.base import (
     AbstractRouter,
@@ -20,7 +21,6 @@ from moefold.routers.base import (
     check_at_least_zero,
     check_positive,
     float32_or_better,
-    in_full_precision,
 )
 from moefold.routers.choice import Choice, TopExperts
 from moefold.routers.compete import Competition

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from moefold.ops.soft import to_rows, to_tokens
+from moefold.ops.soft import combine_weight, dispatch_weight, to_rows, to_tokens
 from moefold.routing.grouping import Grouping
 
 Weights = Float[Tensor, "groups members experts slots"]
@@ -23,15 +23,7 @@ Real = Bool[Tensor, "groups members"] | None
 
 @runtime_checkable
 class Maps(Protocol):
-    """Makes weights and maps of logits, so that a routing need not keep the weights."""
-
-    def dispatch_weight(self, logits: Weights, real: Real) -> Weights:
-        """For each slot a distribution over the real tokens."""
-        ...
-
-    def combine_weight(self, logits: Weights, real: Real) -> Weights:
-        """For each real token a distribution over the slots."""
-        ...
+    """Maps that are made of logits, so that a routing need not keep the weights."""
 
     def dispatch(
         self, logits: Weights, x: Float[Tensor, "groups members dim"], real: Real
@@ -50,14 +42,14 @@ class Maps(Protocol):
 class SoftRouting:
     """How much of every token is in every row, and of every row in every token.
 
-    It is given its weights, or logits and a way to make weights of them. Then `dispatch_weight` and
-    `combine_weight` are made anew each time somebody asks: they need as much memory as the logits.
+    It is given its weights, or logits and maps that are made of them. Then `dispatch_weight` and
+    `combine_weight` are made anew each time somebody asks: each needs as much memory as the logits.
 
     Attributes:
         grouping: which tokens mix, and the shape of the input.
         mask: True for real tokens, None if all are.
         logits: what both distributions were made of.
-        maps: makes weights and maps of the logits; None where the weights were given.
+        maps: go from tokens to rows and back by the logits; None where the weights were given.
         given: dispatch and combine weights, None where logits make them.
     """
 
@@ -118,18 +110,12 @@ class SoftRouting:
 
         All zero in a group without real tokens.
         """
-        if self.given is not None:
-            return self.given[0]
-        assert self.maps is not None
-        return self.maps.dispatch_weight(self._like, self._real)
+        return self.given[0] if self.given else dispatch_weight(self._like, self._real)
 
     @property
     def combine_weight(self) -> Weights:
         """For each real token a distribution over all slots; zero for padding."""
-        if self.given is not None:
-            return self.given[1]
-        assert self.maps is not None
-        return self.maps.combine_weight(self._like, self._real)
+        return self.given[1] if self.given else combine_weight(self._like, self._real)
 
     @property
     def _like(self) -> Tensor:
@@ -146,6 +132,11 @@ class SoftRouting:
     def num_experts(self) -> int:
         """Number of experts."""
         return self._like.shape[2]
+
+    @property
+    def slots(self) -> int:
+        """Rows of one expert in one group."""
+        return self._like.shape[3]
 
     @property
     def num_tokens(self) -> int:

@@ -110,7 +110,7 @@ def shared_tokens(routing: Routing) -> Float[Tensor, "experts experts"]:
     """Share of the real tokens that go to both experts of a pair, above the diagonal."""
     if not isinstance(routing, SparseRouting):
         experts = routing.num_experts
-        return torch.zeros(experts, experts, device=routing.combine_weight.device)
+        return torch.zeros(experts, experts, device=routing.rows_per_expert.device)
     counted = counted_rows(routing).to(routing.weight_of_row.dtype)
     chosen = routing.by_pair(counted).flatten(0, 1).float()
     real = routing.num_tokens if routing.mask is None else routing.mask.sum().clamp_min(1)

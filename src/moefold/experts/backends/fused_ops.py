@@ -128,14 +128,18 @@ def _rows(token_of_row: Tensor | None, x: Tensor) -> int:
 
 
 def _tokens(token_of_row: Tensor | None, counts: Sequence[int], tokens: int) -> Tensor:
-    """The token of every row as compiled code reads it: that cannot see a wrong one.
+    """The token of every row as compiled code reads it, which sees neither memory nor ends.
 
     Raises:
-        ValueError: a row names a token that is not there.
+        ValueError: a row names a token that is not there; the index is not on the CPU.
     """
     if token_of_row is None:
         return torch.arange(tokens, device="cpu")
     index = token_of_row.to(torch.int64).contiguous()
+    if index.device.type != "cpu":
+        raise ValueError(
+            f"token_of_row is on {index.device}, but its tokens are on the cpu; move the routing"
+        )
     wrong = experts.first_beyond(index, tokens) if sum(counts) else None
     if wrong is not None:
         raise ValueError(

@@ -22,7 +22,7 @@ def forward(given: ExpertRows, sums: Sequence[Tensor], like: Tensor, *, compiled
 
     Args:
         given: all experts, in any dtype; matrices with any gaps.
-        sums: of each worker.
+        sums: of each worker; the same for several if none of their rows have a token in common.
         like: of the dtype that is computed in.
         compiled: whether compiled code does what suits it: those experts are left out.
     """

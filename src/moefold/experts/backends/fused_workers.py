@@ -1,8 +1,9 @@
 """Who computes which experts: the fused backend on several cores.
 
 Products of a few hundred rows are too small to be divided: of two cores that share each of them, a
-part of one is lost in waiting. So each core gets experts of its own, and a sum of its own to add
-them to. Which ones is decided by sizes alone, so that a result does not depend on who came first.
+part of one is lost in waiting. So each core gets experts of its own and, where these may meet at a
+token, a sum of its own to add them to. Which ones is decided by sizes alone, so that a result does
+not depend on who came first.
 
 Shapes: stacks of matrices are `experts out in`.
 """
@@ -17,8 +18,8 @@ from torch import Tensor
 from moefold.ops.cpu.team import all_threads, run_together
 
 MOST_WORKERS = 8
-"""With more threads than this, each product is divided among them after all: every worker has a sum
-of all tokens of its own, and there may be no more experts than workers."""
+"""With more threads than this, each product is divided among them after all: every worker may have
+a sum of all tokens of its own, and there may be no more experts than workers."""
 
 WORTH_IT = 1 << 19
 """Multiplications from which on threads are used."""

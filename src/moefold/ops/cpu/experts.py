@@ -133,7 +133,7 @@ def forward(given: ExpertRows, shares: Sequence[Sequence[int]], sums: Sequence[T
     Args:
         given: all experts.
         shares: which of them each thread is to compute.
-        sums: `[tokens, made]` of each thread.
+        sums: `[tokens, made]` of each thread; the same for several if no token is in two shares.
 
     Raises:
         ValueError: sizes that do not belong together.
@@ -149,7 +149,7 @@ def backward(
     Args:
         given: all experts.
         shares: which of them each thread is to compute.
-        sums: `[tokens, dim]` of each thread, what gradients of tokens are added to; or None.
+        sums: `[tokens, dim]` of each thread, as forward, for gradients of tokens; or None.
 
     Raises:
         ValueError: sizes that do not belong together.

@@ -71,6 +71,9 @@ INLINE void tile(const int height, const int packed, int depth, const float *con
     high0 = high1 = high2 = high3 = high4 = high5 = _mm256_setzero_ps();
     const float *const bias = finish.bias, *const scale = finish.scale;
     const int add = finish.add;
+    if (!packed) /* where sums go may be far away; a row of tiles fetches it by itself */
+        for (int i = 0; i < height; i++)
+            __builtin_prefetch(out[i] + column, 1, 3);
     const float *l0 = left[0] + first;
     const float *l1 = !packed && height > 1 ? left[1] + first : l0;
     const float *l2 = !packed && height > 2 ? left[2] + first : l0;
