@@ -80,10 +80,10 @@ class SoftRouter(AbstractRouter):
     def _logits(self, tokens: Float[Tensor, "groups members dim"]) -> Tensor:
         """Cosines times the scale; in float32 or better, whatever the tokens are."""
         dtype = torch.promote_types(tokens.dtype, torch.float32)
-        phi = self.phi.to(dtype)
-        if tokens.shape[1]:
-            phi = phi * (self.scale.to(dtype) * inverse_length(phi, 0))
-        else:
-            phi = phi[..., :0]  # slots with nothing to mix would pass the experts all the same
+        phi, (groups, members) = self.phi.to(dtype), tokens.shape[:2]
+        if not members:  # slots with nothing to mix would pass the experts all the same
+            nothing = tokens.to(dtype) @ phi[..., :0].flatten(1)
+            return nothing.reshape(groups, members, self.num_experts, 0)
+        phi = phi * (self.scale.to(dtype) * inverse_length(phi, 0))
         logits = over_length(tokens.flatten(0, 1), phi.flatten(1))
-        return logits.reshape(*tokens.shape[:2], *phi.shape[1:])
+        return logits.reshape(groups, members, self.num_experts, self.slots)
