@@ -36,7 +36,7 @@ def test_settings_of_one_machine_stand_side_by_side():
             "a": results(
                 layers=[
                     layer(TOKENS, "bf16", mine(0.6, memory=1.1)),
-                    layer(TOKENS, "fp32", mine(0.9, memory=1.25), *PEERS),
+                    layer(TOKENS, "fp32", mine(0.9, memory=1.2), *PEERS),
                     layer(EXPERTS, "fp32", {"variant": "moefold", "kind": "ours", "refused": "-"}),
                 ]
             ),

@@ -109,13 +109,11 @@ def _speed(found: Found) -> str:
     dtypes = list(dict.fromkeys(dtype for dtype, _ in settings))
     rows = []
     for layer, entries in found.items():
-        # Threads do not change what is alive.
-        memories = {dtype: entry for (dtype, _), entry in entries.items()}
         rows.append(
             [
                 layer,
                 *(_share_and_peer(entries.get(one)) for one in settings),
-                *(_memory_share(memories.get(dtype)) for dtype in dtypes),
+                *(_most_memory(entries, dtype) for dtype in dtypes),
             ]
         )
     heads = ["layer", *map(setting_text, settings), *(f"memory, {dtype}" for dtype in dtypes)]
@@ -130,6 +128,12 @@ def _share_and_peer(entry: Entry | None) -> str:
         return "not timed"
     share = f"{mine['both_of_dense'][1]:.2f}"
     return f"{share} ({peer['both_of_dense'][1]:.2f} {peer['variant']})" if peer else share
+
+
+def _most_memory(entries: Mapping[Setting, Entry], dtype: str) -> str:
+    """Of all thread counts: each thread has memory of its own."""
+    shares = (_memory_share(entry) for (own, _), entry in entries.items() if own == dtype)
+    return max(shares, key=lambda share: float(share or 0), default="")
 
 
 def _memory_share(entry: Entry | None) -> str:
