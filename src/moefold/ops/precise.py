@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moefold.ops.cpu.eager import is_transformed
 from moefold.ops.grouped import LOW_PRECISION
@@ -92,7 +91,6 @@ def _keeps(*factors: Tensor) -> bool:
         and any(t.requires_grad for t in factors)
         and any(t.dtype in LOW_PRECISION for t in factors)
         and not is_transformed()
-        and forward_ad._current_level < 0
     )
 
 

@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from moefold.experts.backends import fused_torch
@@ -34,7 +33,12 @@ from moefold.experts.backends.fused_blocks import room
 from moefold.experts.backends.fused_products import in_dtype_of
 from moefold.experts.backends.fused_workers import share_out, workers_for
 from moefold.ops.cpu import experts
-from moefold.ops.cpu.eager import has_a_mode, hides_its_memory, is_transformed
+from moefold.ops.cpu.eager import (
+    has_a_mode,
+    hides_its_memory,
+    is_forward_mode,
+    is_transformed,
+)
 from moefold.ops.cpu.pages import in_huge_pages
 from moefold.ops.grouped import padded, too_few_rows
 from moefold.ops.precise import work_dtype
@@ -354,7 +358,7 @@ def mix(*given: Any) -> Tensor:
     Raises:
         NotImplementedError: within forward-mode differentiation, which would get zeros.
     """
-    if forward_ad._current_level >= 0:
+    if is_forward_mode():
         raise NotImplementedError(
             "the fused backend has no forward-mode derivative; choose backend='reference' for it"
         )

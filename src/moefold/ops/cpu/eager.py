@@ -5,11 +5,17 @@ Shapes: tensors of any `shape`.
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 
 def has_a_mode() -> bool:
     """Whether a mode wants to see every operator, of which it may be shown one of our own."""
     return torch._C._len_torch_dispatch_stack() > 0
+
+
+def is_forward_mode() -> bool:
+    """Whether derivatives are computed along with results."""
+    return forward_ad._current_level >= 0
 
 
 def is_transformed() -> bool:
@@ -18,6 +24,7 @@ def is_transformed() -> bool:
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
         or torch._C._get_tracing_state() is not None
+        or is_forward_mode()
     )
 
 

@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from moefold.ops.cpu.compiled import library
-from moefold.ops.cpu.eager import has_a_mode, hides_its_memory, is_transformed
+from moefold.ops.cpu.eager import (
+    has_a_mode,
+    hides_its_memory,
+    is_forward_mode,
+    is_transformed,
+)
 from moefold.ops.cpu.team import run_compiled_together
 from moefold.ops.rows_torch import Rows, list_reference
 from moefold.ops.select import top
@@ -56,13 +60,12 @@ def serves(
             as_operator
             and not torch.compiler.is_exporting()
             and not torch._C._are_functorch_transforms_active()
-            and forward_ad._current_level < 0
+            and not is_forward_mode()
         )
     return (
         not is_transformed()
         and not any(hides_its_memory(tensor) for tensor in every)
         and (as_operator or not has_a_mode())
-        and forward_ad._current_level < 0
         and _functions() is not None
     )
 
