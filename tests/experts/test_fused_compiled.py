@@ -15,6 +15,8 @@ from moefold.experts import Experts
 from moefold.experts.backends import fused_blocks, fused_ops, fused_workers
 from moefold.experts.backends.fused import FusedBackend
 from moefold.ops.cpu import experts
+from moefold.ops.cpu.compiled import PAIRS, instructions
+from moefold.ops.precise import work_dtype
 from moefold.testing import BACKEND_CHECKS, MIX_CHECKS
 from moefold.testing.mixers import mix_problem, solve_mix
 from moefold.testing.problems import BackendCase
@@ -62,7 +64,10 @@ for name in ("float64", "no rows", "compiles", "mixing: compiles"):
 def test_the_contract_holds(name, calls):
     case = BackendCase(backend=FusedBackend(), device="cpu")
     assert CHECKS[name](case) is None
-    assert calls["forward"] > 0
+    # A processor that multiplies bfloat16, but not in pairs, or has to cast matrices for it.
+    unpaired = "autocast" in name or ("bfloat16" in name and PAIRS[0] not in instructions())
+    left_to_torch = work_dtype(torch.bfloat16) == torch.bfloat16 and unpaired
+    assert (calls["forward"] == 0) == left_to_torch
 
 
 @pytest.mark.parametrize("gated", [False, True])
@@ -103,6 +108,8 @@ def test_large_experts_are_left_to_torch(most, gated, rows, threads, calls, monk
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_low_precision_is_rounded_as_by_torch(dtype, calls, monkeypatch):
+    if work_dtype(dtype) == dtype:
+        pytest.skip("hidden rows are rounded too where the processor multiplies such numbers")
     given = mix_problem((9, 0, 30), 40, 24, 20, bias=True).to(dtype)
     got = solve_mix(FusedBackend().mix, given)
     assert calls["forward"] == calls["backward"] == 1
@@ -116,6 +123,28 @@ def test_low_precision_is_rounded_as_by_torch(dtype, calls, monkeypatch):
         rounded = torch.finfo(want.dtype).eps * exact if want.dtype == dtype else 0.0
         assert (apart <= walk + rounded).all(), name
     assert calls["forward"] == 1
+
+
+@pytest.mark.parametrize("forward", ["forward compiled", "forward by torch"])
+@pytest.mark.parametrize("most", [8, 1024], ids=["both", "compiled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_one_keeps_the_other_reads(dtype, most, forward, calls, monkeypatch):
+    # As when the number of threads is changed between the two passes.
+    given = mix_problem((9, 0, 30, 1), 40, 24, 20, gated=True, bias=True)
+    compiled = [forward == "forward compiled", forward != "forward compiled"]
+    if work_dtype(dtype) == torch.bfloat16 and PAIRS[0] not in instructions():
+        pytest.skip("nothing of bfloat16 is compiled here")
+    monkeypatch.setattr(experts, "can_compute", lambda *_: bool(compiled) and compiled.pop(0))
+    monkeypatch.setattr(experts, "MOST_ROWS", most)
+    got = solve_mix(FusedBackend().mix, given.to(dtype))
+    ran = {name for name in ("forward", "backward") if calls[name]}
+    assert ran == ({"forward"} if forward == "forward compiled" else {"backward"})
+    want = solve_mix(FusedBackend().mix, given.to(torch.float64))
+    for name, exact in want.items():
+        # As for experts in pairs (tests/ops/test_cpu_experts.py); sums in float32 err less.
+        unit = 2**-8 if dtype == torch.bfloat16 else 16 * torch.finfo(dtype).eps
+        error = (got[name].double() - exact).norm() / exact.norm()
+        assert error <= 2 * unit * (5 / 3) ** 0.5, name
 
 
 def test_training_and_inference_agree_to_the_bit(calls):

@@ -46,11 +46,35 @@ def test_a_switch_forbids_it(monkeypatch):
 
 
 def test_other_processors_are_named(monkeypatch):
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
-    assert reason().endswith("widest instructions are AVX2; torch finds AVX512 here")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert reason() == "it is for processors with AVX2 or AVX-512; torch finds DEFAULT here"
     library.cache_clear()
     monkeypatch.setattr(compiled.platform, "machine", lambda: "aarch64")
     assert reason() == "it is written for x86-64, and this is aarch64"
+
+
+def test_what_a_processor_has_is_used(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    assert compiled.instructions() == ()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    assert compiled.instructions() == (*compiled.AVX512, *compiled.PAIRS)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    assert compiled.instructions() == compiled.AVX512
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert compiled.instructions() == compiled.AVX512
+
+
+@needs_compiled_code
+def test_a_compiler_that_does_not_know_of_pairs(monkeypatch, tmp_path):
+    says_no = f'case "$*" in *{compiled.PAIRS[0]}*) exit 1;; esac; exec cc "$@"'
+    monkeypatch.setenv("CC", script(tmp_path, says_no))
+    # Not those of AVX-512, which this processor may not have.
+    monkeypatch.setattr(compiled, "instructions", lambda: compiled.PAIRS)
+    found = library()
+    assert isinstance(found, ctypes.CDLL)
+    assert not found.moefold_has_pairs()
 
 
 def test_without_a_compiler(monkeypatch):

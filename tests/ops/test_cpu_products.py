@@ -13,18 +13,20 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu import products
-from tests.ops.compiled_here import needs_compiled_code
+from tests.ops.compiled_here import instruction_set, needs_compiled_code, with_pairs
 
-pytestmark = needs_compiled_code
+__all__ = ["instruction_set"]
+pytestmark = [needs_compiled_code, pytest.mark.usefixtures("instruction_set")]
 
-# Around 3, 6 and 96 rows, 4 and 16 columns, 8 and 16 steps, 256 steps of a sum, 768 of a product.
-ROWS = (1, 2, 3, 4, 5, 6, 7, 64, 95, 97, 300)
+# Around 3, 6, 8, 24 and 96 rows, 4, 16 and 32 columns, 8 and 16 steps, 256 and 512 steps of a sum,
+# 768 of a product.
+ROWS = (1, 2, 3, 4, 5, 6, 7, 9, 24, 25, 64, 95, 97, 300)
 COLUMNS = (1, 3, 15, 16, 33, 64)
 DEPTHS = (1, 8, 16, 17, 769)
 
 
 @pytest.fixture
-def room() -> Iterator[Tensor]:
+def room(instruction_set) -> Iterator[Tensor]:
     made = products.make_room()
     assert made is not None
     # None of it may reach a result, and nobody may write behind it.
@@ -75,6 +77,65 @@ def test_product_with_two_bytes_a_number(rows, dtype, room):
             assert_near(out, left, right)
 
 
+def few_bits(*shape: int) -> Tensor:
+    return torch.randn(shape).bfloat16()
+
+
+def assert_rounded(got: Tensor, left: Tensor, right: Tensor) -> None:
+    """Equal to `left @ right`, rounded once to bfloat16: by 2^-8 of it at most."""
+    assert got.dtype == torch.bfloat16
+    left, right = left.double(), right.double()
+    exact, size = left @ right, left.abs() @ right.abs()
+    bound = (left.shape[-1] + 3) * 2.0**-24 * size
+    assert ((got.double() - exact).abs() <= bound * (1 + 2**-8) + 2**-8 * exact.abs()).all()
+
+
+# Up to one part of the depth, and more than one.
+@with_pairs
+@pytest.mark.parametrize("depth", [2, 16, 34, 1538, 3078])
+def test_product_in_pairs(depth, room):
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        left, index = few_bits(rows, depth), torch.randperm(rows)
+        for right in (few_bits(depth, columns), few_bits(columns, depth).mT):
+            out = torch.full((rows, columns), torch.nan)
+            products.product(left, right, out, room)
+            assert_near(out, left, right)
+            out, bias, scale = torch.rand(rows, columns), torch.rand(columns), torch.rand(rows)
+            plus = (out + bias * scale[:, None]).double()
+            products.product(
+                left, right, out, room, bias=bias, scale=scale, add=True, left_index=index
+            )
+            assert_near(out, left[index].double() * scale[:, None].double(), right, plus)
+            low = torch.full((rows, columns + 5), torch.nan, dtype=torch.bfloat16)
+            products.product(left, right, low[:, :columns], room)
+            assert_rounded(low[:, :columns], left, right)
+            assert low[:, columns:].isnan().all()
+
+
+@with_pairs
+def test_stacks_in_pairs(room):
+    for right in (few_bits(3, 20, 18), few_bits(3, 18, 20).mT):
+        left, out = few_bits(3, 7, 20), torch.full((3, 7, 18), torch.nan)
+        products.product(left, right, out, room)
+        assert_near(out, left, right)
+
+
+# Odd, even, up to what is rounded at once, and beyond.
+@with_pairs
+@pytest.mark.parametrize("rows", [1, 2, 5, 64, 255, 1024, 1500, 2051])
+def test_sums_in_pairs(rows, room):
+    for lefts, rights in itertools.product((1, 6, 8, 9, 97), (1, 16, 33, 530)):
+        left, right = few_bits(rows, lefts), few_bits(50, rights + 3)[:, :rights]
+        index = torch.randint(50, (rows,))
+        out = torch.full((lefts, rights), torch.nan)
+        products.sums(left, right, out, room, right_index=index)
+        assert_near(out, left.T, right[index])
+        if rows <= 1024:
+            low = torch.full((lefts, rights), torch.nan, dtype=torch.bfloat16)
+            products.sums(left, right, low, room, right_index=index)
+            assert_rounded(low, left.T, right[index])
+
+
 @pytest.mark.parametrize("columns", COLUMNS)
 def test_product_with_bias_and_scale_added(columns, room):
     for rows, depth in itertools.product((7, 97), (17, 769)):
@@ -115,7 +176,7 @@ def test_stacks_of_experts(room):
         assert_near(made, tokens[index].view(3, 7, 20).mT, out)
 
 
-@pytest.mark.parametrize("rows", [1, 5, 255, 257, 600])
+@pytest.mark.parametrize("rows", [1, 5, 255, 257, 600, 1030])
 def test_sums(rows, room):
     for lefts, rights in itertools.product((1, 6, 7, 97), (1, 16, 33, 530)):
         left, right = torch.randn(rows, lefts), torch.randn(rows, rights)
@@ -155,14 +216,15 @@ def test_a_few_rows_do_not_depend_on_each_other(room):
 
 def at_the_end_of_memory(tensor: Tensor) -> Tensor:
     """A copy whose last number is the last one that the process may read."""
-    size, page = tensor.numel() * 4, mmap.PAGESIZE
+    of_one, page = tensor.element_size(), mmap.PAGESIZE
+    size = tensor.numel() * of_one
     pages = -(-size // page) * page
     memory = mmap.mmap(-1, pages + page)
-    whole = torch.frombuffer(memory, dtype=torch.float32)
+    whole = torch.frombuffer(memory, dtype=tensor.dtype)
     code = ctypes.CDLL(None, use_errno=True)
     guard = ctypes.c_void_p(whole.data_ptr() + pages)
     assert code.mprotect(guard, ctypes.c_size_t(page), 0) == 0
-    copy = whole[(pages - size) // 4 : pages // 4].view(tensor.shape)
+    copy = whole[(pages - size) // of_one : pages // of_one].view(tensor.shape)
     return copy.copy_(tensor)
 
 
@@ -176,6 +238,21 @@ def test_nobody_reads_beyond_a_factor(rows, room):
         products.product(left, at_the_end_of_memory(right.T.contiguous()), out, room)
         assert_near(out, left, right.T)
         made, other = torch.empty(depth, columns), torch.randn(rows, columns)
+        products.sums(at_the_end_of_memory(left), at_the_end_of_memory(other), made, room)
+        assert_near(made, left.T, other)
+
+
+@with_pairs
+@pytest.mark.parametrize("rows", [1, 3, 7, 30, 97])
+def test_nobody_reads_beyond_a_factor_of_pairs(rows, room):
+    for columns, depth in itertools.product((1, 5, 19, 40), (2, 14, 18)):
+        left, right = few_bits(rows, depth), few_bits(columns, depth)
+        out = torch.empty(rows, columns)
+        products.product(at_the_end_of_memory(left), at_the_end_of_memory(right).T, out, room)
+        assert_near(out, left, right.T)
+        products.product(left, at_the_end_of_memory(right.T.contiguous()), out, room)
+        assert_near(out, left, right.T)
+        made, other = torch.empty(depth, columns), few_bits(rows, columns)
         products.sums(at_the_end_of_memory(left), at_the_end_of_memory(other), made, room)
         assert_near(made, left.T, other)
 

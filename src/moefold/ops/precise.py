@@ -148,7 +148,8 @@ class _OverLength(torch.autograd.Function):
             if for_x:
                 along = (grad * made).sum(-1, keepdim=True) * inverse
                 # Both parts cancel along the token: they are rounded together.
-                of_x = (grad @ directions.to(made.dtype).mT - along * tokens).to(x.dtype)
+                across = grad @ directions.to(made.dtype).mT
+                of_x = torch.addcmul(across, along, tokens, value=-1).to(x.dtype)
             if for_directions:
                 of_directions = (tokens.mT @ grad).to(directions.dtype)
             return of_x, of_directions

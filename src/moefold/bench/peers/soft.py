@@ -84,13 +84,14 @@ class SoftMoe(AbstractPeer):
     package = "soft-moe"
 
     def reasons_against(self, shape: Shape, dtype: torch.dtype, device: str) -> list[str]:
-        """Other routers; timm, which it imports, where that is missing."""
+        """Other routers; what it imports, where that is missing."""
         if other := only(("soft",), shape, _SOFT):
             return other
-        reasons = not_installed("soft_moe", self.package)
-        if not reasons and not_installed("timm", "timm"):
-            reasons.append("it imports timm, which is not installed")
-        return reasons
+        if reasons := not_installed("soft_moe", self.package):
+            return reasons
+        # timm itself does not ask for torchvision, which it imports.
+        needed = [name for name in ("timm", "torchvision") if not_installed(name, name)]
+        return [f"it imports {name}, which is not installed" for name in needed]
 
     def build(self, given: Given) -> Built:
         """Make it with our experts."""

@@ -30,7 +30,6 @@ from torch.autograd.function import once_differentiable
 
 from moefold.experts.backends import fused_torch
 from moefold.experts.backends.fused_blocks import room
-from moefold.experts.backends.fused_products import in_dtype_of
 from moefold.experts.backends.fused_workers import share_out, workers_for
 from moefold.ops.cpu import experts
 from moefold.ops.cpu.eager import (
@@ -39,6 +38,7 @@ from moefold.ops.cpu.eager import (
     is_forward_mode,
     is_transformed,
 )
+from moefold.ops.cpu.expert_rows import ExpertRows, readable
 from moefold.ops.cpu.pages import in_huge_pages
 from moefold.ops.grouped import padded, too_few_rows
 from moefold.ops.precise import work_dtype
@@ -91,15 +91,17 @@ def mixture(
         return x.new_zeros(x.shape[0], dim, dtype=dtype), kept[0].zero_(), kept[1].zero_()
     # Sums over the experts of a token are rounded once, at their end.
     sum_dtype = torch.promote_types(dtype, torch.float32)
-    given = experts.ExpertRows(
+    given = ExpertRows(
         counts=counts,
+        kept_counts=_kept_counts(counts, like),
+        paired=like.dtype == torch.bfloat16,
         tokens=_tokens(token_of_row, counts, x.shape[0]),
-        weights=None if weight_of_row is None else weight_of_row.to(sum_dtype).contiguous(),
+        weights=_as_read(weight_of_row, sum_dtype),
         x=x,
         up=up,
         down=down,
-        up_bias=_as_read(up_bias, like),
-        down_bias=_as_read(down_bias, like),
+        up_bias=_as_read(up_bias, sum_dtype),
+        down_bias=_as_read(down_bias, sum_dtype),
         pre=kept[0] if keep else None,
         value=kept[1] if keep and gated else None,
         gated=gated,
@@ -108,11 +110,11 @@ def mixture(
     plan = _plan(given, like, sum_dtype)
     sums = _sums(plan, token_of_row, x.new_zeros(x.shape[0], dim, dtype=sum_dtype))
     if plan.shares:
-        experts.forward(experts.readable(given), plan.shares, sums)
+        experts.forward(readable(given), plan.shares, sums)
     if plan.leaves_some:
         fused_torch.forward(given, sums, like, compiled=plan.can_compile)
     if keep:
-        used = sum(padded(count, like) for count in counts if count)
+        used = sum(given.kept_counts or counts)
         for part in kept:
             part[used:].zero_()
     return total(sums).to(dtype), *kept
@@ -153,8 +155,13 @@ def _tokens(token_of_row: Tensor | None, counts: Sequence[int], tokens: int) -> 
     return index
 
 
-def _as_read(bias: Tensor | None, like: Tensor) -> Tensor | None:
-    return None if bias is None else in_dtype_of(bias, like).contiguous()
+def _kept_counts(counts: Sequence[int], like: Tensor) -> Sequence[int] | None:
+    """Rows that are kept of each expert, whoever computes it; with those that torch pads it by."""
+    return None if padded(1, like) == 1 else [padded(n, like) for n in counts]
+
+
+def _as_read(numbers: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if numbers is None else numbers.to(dtype).contiguous()
 
 
 class _Plan(NamedTuple):
@@ -173,7 +180,7 @@ class _Plan(NamedTuple):
     leaves_some: bool
 
 
-def _plan(given: experts.ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> _Plan:
+def _plan(given: ExpertRows, like: Tensor, sum_dtype: torch.dtype) -> _Plan:
     workers, written = workers_for(sum(given.counts), given.up, given.down), given.of_weights
     can_compile = (
         workers > 0
@@ -222,15 +229,17 @@ def mixture_backward(
         leaves, [first_sum, *wanted[1:]]
     )
     counts = _counts(rows_per_expert, _rows(token_of_row, x))
-    given = experts.ExpertRows(
+    given = ExpertRows(
         counts=counts,
+        kept_counts=_kept_counts(counts, like),
+        paired=like.dtype == torch.bfloat16,
         tokens=_tokens(token_of_row, counts, x.shape[0]),
-        weights=None if weight_of_row is None else in_dtype_of(weight_of_row, like).contiguous(),
+        weights=_as_read(weight_of_row, sum_dtype),
         x=x,
         up=up,
         down=down,
-        up_bias=_as_read(up_bias, like),
-        down_bias=_as_read(down_bias, like),
+        up_bias=_as_read(up_bias, sum_dtype),
+        down_bias=_as_read(down_bias, sum_dtype),
         pre=pre.contiguous(),  # whoever saved it may have given it another layout
         value=value.contiguous() if gated else None,
         gated=gated,
@@ -239,15 +248,15 @@ def mixture_backward(
         of_weights=of_weight.zero_() if for_weight else None,
         of_up=of_up if for_up else None,
         of_down=of_down if for_down else None,
-        of_up_bias=in_dtype_of(of_up_bias, like) if for_up_bias else None,
-        of_down_bias=in_dtype_of(of_down_bias, like) if for_down_bias else None,
+        of_up_bias=of_up_bias.to(sum_dtype) if for_up_bias else None,
+        of_down_bias=of_down_bias.to(sum_dtype) if for_down_bias else None,
     )
     plan, size = _plan(given, like, sum_dtype), x.shape if for_x else (0,)
     first = of_x.zero_() if first_sum else x.new_zeros(size, dtype=sum_dtype)
     sums = _sums(plan, token_of_row, first)
     if plan.shares:
         compiled_sums = sums if for_x else [None] * plan.workers
-        experts.backward(experts.readable(given), plan.shares, compiled_sums)
+        experts.backward(readable(given), plan.shares, compiled_sums)
     if plan.leaves_some:
         fused_torch.backward(given, sums, like, for_x=for_x, compiled=plan.can_compile)
     of_x = total(sums).to(x.dtype)

@@ -12,9 +12,9 @@ from torch import Tensor
 from moefold.experts.backends.fused_blocks import Blocks
 from moefold.experts.backends.fused_hidden import Half, Hidden
 from moefold.experts.backends.fused_parts import Part, make_parts
-from moefold.experts.backends.fused_products import Linears, Sums, gathered
+from moefold.experts.backends.fused_products import Linears, Sums, gathered, in_dtype_of
 from moefold.experts.backends.fused_workers import run_on
-from moefold.ops.cpu.experts import ExpertRows
+from moefold.ops.cpu.expert_rows import ExpertRows
 
 
 def forward(given: ExpertRows, sums: Sequence[Tensor], like: Tensor, *, compiled: bool) -> None:
@@ -40,7 +40,7 @@ def forward(given: ExpertRows, sums: Sequence[Tensor], like: Tensor, *, compiled
         for half in (slice(width), slice(width, None))
     )
     to_out = Linears(blocks, given.down.transpose(1, 2), given.down_bias)
-    hidden_rows = Hidden(given.activation, compiled=compiled)
+    hidden_rows = Hidden(given.activation, compiled=compiled and like.dtype == torch.float32)
 
     def through(part: Part) -> None:
         scratch = part.scratch
@@ -85,7 +85,7 @@ def backward(
     tokens = blocks.own(given.tokens)
     firsts = Half("pre", blocks, given.pre, like)
     seconds = Half("value", blocks, given.value, like)
-    weights = None if given.weights is None else _columns(blocks, given.weights)
+    weights = None if given.weights is None else _columns(blocks, in_dtype_of(given.weights, like))
     of_weights = None if given.of_weights is None else blocks.own(given.of_weights)
     back_down, back_up = Linears(blocks, given.down), Linears(blocks, given.up)
     along_bias = None if given.down_bias is None else Linears(blocks, given.down_bias.unsqueeze(2))
@@ -94,7 +94,7 @@ def backward(
         None if t is None else Sums(blocks, t.unsqueeze(1)) for t in of_parameters[2:]
     )
     goes_on = for_x or sum_up is not None or sum_up_bias is not None  # through the activation
-    hidden_rows = Hidden(given.activation, compiled=compiled)
+    hidden_rows = Hidden(given.activation, compiled=compiled and like.dtype == torch.float32)
 
     def back(part: Part) -> None:
         scratch = part.scratch

@@ -1,7 +1,7 @@
 """Compile the C files of this folder once on a machine, keep the library, and load it.
 
 Nothing has to be installed and nothing is built with the package: where there is a C compiler, the
-library is made when it is first asked for, which takes two seconds; where there is none, or where
+library is made when it is first asked for, which takes some seconds; where there is none, or where
 this fails, `library` says why and whoever asks goes on with torch's operations.
 
 Libraries lie in `$XDG_CACHE_HOME/moefold` (by default `~/.cache/moefold`), under a name made of the
@@ -28,6 +28,10 @@ SWITCH = "MOEFOLD_COMPILE_EXPERTS"
 """Set to 0, this environment variable forbids to compile and to load anything."""
 
 FLAGS = ("-std=c11", "-O3", "-mavx2", "-mfma", "-mf16c", "-fPIC", "-shared", "-fvisibility=hidden")
+AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")
+PAIRS = ("-mavx512bf16",)
+"""For products of pairs of bfloat16 numbers."""
+
 PATIENCE = 120.0
 """Seconds after which a compiler is given up."""
 
@@ -42,7 +46,12 @@ def library() -> ctypes.CDLL | str:
     if not compiler:
         return "no C compiler was found: neither $CC, cc nor gcc"
     try:
-        return _loaded([*shlex.split(compiler), *FLAGS])
+        command = [*shlex.split(compiler), *FLAGS]
+        try:
+            return _loaded([*command, *instructions()])
+        except subprocess.CalledProcessError:
+            # Compilers from before 2020 do not know of pairs.
+            return _loaded([*command, *(flag for flag in instructions() if flag not in PAIRS)])
     except subprocess.CalledProcessError as error:
         return f"compiling failed: {(error.stderr or str(error)).strip()}"
     except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
@@ -57,9 +66,18 @@ def _reason_against() -> str:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return f"it is written for x86-64, and this is {platform.machine()}"
     level = torch.backends.cpu.get_cpu_capability()
-    if level != "AVX2":
-        return f"it is for processors whose widest instructions are AVX2; torch finds {level} here"
+    if level not in ("AVX2", "AVX512"):
+        return f"it is for processors with AVX2 or AVX-512; torch finds {level} here"
     return ""
+
+
+def instructions() -> tuple[str, ...]:
+    """Flags for what is used of the processor beside AVX2, as torch sees it."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return ()
+    # Units for matrices (AMX), which a library uses, are faster than pairs.
+    pairs = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    return (*AVX512, *PAIRS) if pairs else AVX512
 
 
 def _loaded(command: list[str]) -> ctypes.CDLL:

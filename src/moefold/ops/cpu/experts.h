@@ -1,5 +1,5 @@
-/* What the C files of this folder share. Computed is in float32, whatever is read and written; all
- * strides count numbers. */
+/* What the C files of this folder share. Computed is in float32, whatever is read and written, but
+ * for products of pairs of bfloat16 numbers. Strides count numbers where nothing else is said. */
 
 #ifndef MOEFOLD_EXPERTS_H
 #define MOEFOLD_EXPERTS_H
@@ -8,6 +8,13 @@
 
 #define INLINE static inline __attribute__((always_inline))
 #define EXPORT __attribute__((visibility("default")))
+
+/* Whether there is an instruction that multiplies pairs of bfloat16 numbers. */
+#ifdef __AVX512BF16__
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
 
 static inline int least(int one, int other) { return one < other ? one : other; }
 static inline int most(int one, int other) { return one > other ? one : other; }
@@ -29,28 +36,33 @@ INLINE long place(const int64_t *index, long row) { return index ? index[row] : 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
 /* A matrix that rows are multiplied by: it lies as [depth, columns], or if `turned` as
- * [columns, depth]. */
+ * [columns, depth]. If `paired`, it is bfloat16 and so is what it is multiplied with, pair by pair:
+ * then the depth is even, and so are all strides along which a row of pairs is found. */
 typedef struct {
     const void *at;
     long stride;
-    int turned, kind;
+    int turned, kind, paired;
 } Factor;
 
-/* What becomes of a product: (product + bias) times the row's scale, written or added. */
+/* What becomes of a product: (product + bias) times the row's scale, written, or added, or written
+ * as bfloat16 (if `paired`, and up to MOST_DEPTH numbers deep). */
 typedef struct {
     const float *bias, *scale; /* or 0 */
-    int add;
+    int add, rounds;
 } Finish;
 
-/* out[rows, columns] = left[rows, depth] @ right, finished. */
+/* out[rows, columns] = left[rows, depth] @ right, finished. Strides of `left` count four bytes. */
 void product(int rows, int columns, int depth, Matrix left, Factor right, Matrix out,
              Finish finish, float *room);
 
 /* out[lefts, rights] = left.T @ right, of left[depth, lefts] and right[depth, rights]: sums over
- * what are rows elsewhere. */
-void sum(int lefts, int rights, int depth, Matrix left, Matrix right, Matrix out, float *room);
+ * what are rows elsewhere. If `paired`, both are bfloat16, and strides count their numbers; so is
+ * `out` if `rounds`, which is for up to MOST_ROUNDED rows. */
+void sum(int paired, int rounds, int lefts, int rights, int depth, Matrix left, Matrix right,
+         Matrix out, float *room);
+enum { MOST_ROUNDED = 1024, MOST_DEPTH = 8192 };
 
-/* How many floats `room` has for both, aligned to 32 bytes. */
+/* How many floats `room` has for both, aligned to 64 bytes. */
 long moefold_room(void);
 
 /* activations.c */
@@ -60,14 +72,15 @@ enum { RELU, SILU, GELU, GELU_TANH };
 /* Numbers of every row of an expert's hidden layer; what is not there is 0. Rows follow each other
  * in `pre` and `value`, and lie `stride` apart in `hidden`, `grad_stride` in `of_hidden`. */
 typedef struct {
-    int kind, rows, width, kept;
-    const void *pre, *value; /* float32 forward, then of the kind `kept` */
+    int kind, rows, width, kept, made;
+    const void *pre, *value; /* of the kind `kept`; forward that is also the kind `made` */
     long stride;
-    float *hidden;
+    void *hidden; /* of the kind `made`, as all gradients but the last */
     /* Of the gradient alone. */
     const float *weights;
-    const float *of_hidden;
-    float *of_pre, *of_value, *of_weights;
+    const void *of_hidden;
+    void *of_pre, *of_value;
+    float *of_weights;
     long grad_stride, of_stride; /* the latter of `of_pre` and `of_value` */
 } Hidden;
 

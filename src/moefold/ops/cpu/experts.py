@@ -3,14 +3,14 @@
 The slow twin is `experts.backends.fused_torch`; the formulas are in `experts.backends.fused_ops`.
 
 Shapes: `tokens dim` in and `tokens made` out; experts of a hidden `width`; `rows` sorted by expert.
-Computed is in float32. What is as large as the matrices or as all rows may be bfloat16 or float16
-in memory: tokens, the matrices, with them their gradients, and what is kept for the backward pass;
-all else is float32. Nothing but `x`, `grad`, `up` and `down` may have gaps.
+Computed is in float32, with hidden rows and their gradients in bfloat16 where all else is and the
+processor multiplies pairs of such numbers. What is as large as the matrices or as all rows may be
+bfloat16 or float16 in memory: tokens, the matrices, with them their gradients, and what is kept for
+the backward pass; all else is float32. Nothing but `x`, `grad`, `up` and `down` may have gaps.
 """
 
 import ctypes
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
+from moefold.ops.cpu.expert_rows import KINDS, ExpertRows, check_memory, pair_up
 from moefold.ops.cpu.team import all_threads, run_compiled_together
 
 MOST_ROWS = 1024
@@ -27,67 +28,34 @@ passes that it needs beside them (a processor with 512 KiB of level-2 cache)."""
 ACTIVATIONS = {"relu": 0, "silu": 1, "gelu": 2, "gelu_tanh": 3}
 """What the compiled code calls them."""
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""Of numbers in memory, likewise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class ExpertRows:
-    """Experts and their rows; for the backward pass also where gradients go, if they are wanted.
-
-    Attributes:
-        counts: how many rows each expert has.
-        tokens: of the rows, int64; within bounds: nobody checks.
-        weights: of the rows; None for 1.
-        x: all tokens, of a dtype of `KINDS`; the numbers of a token follow each other.
-        up: `[experts, width, dim]`, or twice the width if gated.
-        down: `[experts, made, width]`.
-        up_bias: `[experts, width]`, or twice the width.
-        down_bias: `[experts, made]`.
-        pre: `[rows, width]`, the gate's half of the first product: written forward, read backward;
-            of a dtype of `KINDS`. None, forward alone: nobody needs it.
-        value: likewise the other half, of the same dtype.
-        gated: whether there are two halves.
-        activation: of the first.
-        grad: of the results, as `x`.
-        of_weights: the gradient of the weights of the rows.
-        of_up: of `up`.
-        of_down: of `down`.
-        of_up_bias: of `up_bias`.
-        of_down_bias: of `down_bias`.
-    """
-
-    counts: Sequence[int]
-    tokens: Tensor
-    weights: Tensor | None
-    x: Tensor
-    up: Tensor
-    down: Tensor
-    up_bias: Tensor | None
-    down_bias: Tensor | None
-    pre: Tensor | None
-    value: Tensor | None
-    gated: bool
-    activation: str
-    grad: Tensor | None = None
-    of_weights: Tensor | None = None
-    of_up: Tensor | None = None
-    of_down: Tensor | None = None
-    of_up_bias: Tensor | None = None
-    of_down_bias: Tensor | None = None
-
 
 def can_compute(like: Tensor, up: Tensor, down: Tensor) -> bool:
-    """Whether compiled code can compute in this dtype with these matrices."""
+    """Whether compiled code can compute with these matrices, at least as fast as what they are for.
+
+    Args:
+        like: of the dtype that is to be computed in: float32, or bfloat16, of which pairs are
+            multiplied.
+        up: first matrices.
+        down: second matrices.
+    """
     return (
-        like.dtype == torch.float32
-        and up.dtype == down.dtype
+        up.dtype == down.dtype
         and up.dtype in KINDS
         and like.device.type == up.device.type == down.device.type == "cpu"
+        and (like.dtype == torch.float32 or (like.dtype == up.dtype and _can_pair(up, down)))
         and _has_no_gaps(up)
         and _has_no_gaps(down)
         and _functions() is not None
     )
+
+
+def _can_pair(up: Tensor, down: Tensor) -> bool:
+    return up.dtype == torch.bfloat16 and pair_up(up, down) and _has_pairs()
+
+
+def _has_pairs() -> bool:
+    functions = _functions()
+    return functions is not None and bool(functions.moefold_has_pairs())
 
 
 def _has_no_gaps(stack: Tensor) -> bool:
@@ -98,18 +66,6 @@ def _has_no_gaps(stack: Tensor) -> bool:
 def suits(rows: int) -> bool:
     """Whether compiled code is to compute an expert with so many rows."""
     return rows <= MOST_ROWS
-
-
-def readable(given: ExpertRows) -> ExpertRows:
-    """With tokens in a dtype of `KINDS`, the numbers of each one after another."""
-    x, grad = _readable(given.x), None if given.grad is None else _readable(given.grad)
-    as_it_is = x is given.x and grad is given.grad
-    return given if as_it_is else replace(given, x=x, grad=grad)
-
-
-def _readable(tokens: Tensor) -> Tensor:
-    tokens = tokens if tokens.dtype in KINDS else tokens.to(torch.float32)
-    return tokens if tokens.stride(1) == 1 else tokens.contiguous()
 
 
 def first_beyond(index: Tensor, size: int) -> int | None:
@@ -216,9 +172,11 @@ def _run(
     *,
     backward: bool,
 ) -> None:
-    _check(given)
+    check_memory(given)
+    if given.paired and not _has_pairs():
+        raise ValueError("the library that was compiled here multiplies no pairs of bfloat16")
     counts, functions = given.counts, _known()
-    many = ctypes.c_int64 * len(counts)
+    many = ctypes.c_int64 * (len(counts) + 1)
     described = _Experts(
         dim=given.up.shape[2],
         width=given.down.shape[2],
@@ -226,8 +184,10 @@ def _run(
         gated=given.gated,
         activation=ACTIVATIONS[given.activation],
         kept=0 if given.pre is None else KINDS[given.pre.dtype],
+        paired=given.paired,
         counts=many(*counts),
-        starts=many(*accumulate(counts[:-1], initial=0)),
+        starts=many(*accumulate(counts, initial=0)),
+        kept_starts=many(*accumulate(given.kept_counts or counts, initial=0)),
         x=_tokens(given.x),
         grad=_tokens(given.grad),
         up=_Stack(given.up.data_ptr(), *given.up.stride(), KINDS[given.up.dtype]),
@@ -247,65 +207,6 @@ def _run(
         rooms.append(room)
     work = _Work(ctypes.pointer(described), parts, len(shares), backward)
     run_compiled_together(functions.moefold_work, ctypes.byref(work), all_threads(len(shares)))
-
-
-def _check(given: ExpertRows) -> None:
-    """Compiled code sees neither shapes nor dtypes, and would read beyond the end.
-
-    Raises:
-        ValueError: sizes that do not belong together; memory that is not as `ExpertRows` says.
-    """
-    experts, made, width = given.down.shape
-    rows, dim, first = sum(given.counts), given.up.shape[-1], (1 + given.gated) * width
-    if len(given.counts) != experts or min(given.counts) < 0:
-        raise ValueError(f"{experts} experts cannot have {list(given.counts)} rows")
-    # Of what belongs together the first says which of the kinds it is.
-    of_x, of_up = _kind(given.x), _kind(given.up)
-    of_grad, of_kept = _kind(given.grad), _kind(given.pre)
-    float32 = torch.float32
-    for name, tensor, dtype, size, *rest in (
-        ("x", given.x, of_x, 0, dim),
-        ("grad", given.grad, of_grad, given.x.shape[0], made),
-        ("tokens", given.tokens, torch.int64, rows),
-        ("weights", given.weights, float32, rows),
-        ("of_weights", given.of_weights, float32, rows),
-        ("pre", given.pre, of_kept, rows, width),
-        ("value", given.value, of_kept, rows, width),
-        ("up", given.up, of_up, experts, first, dim),
-        ("of_up", given.of_up, of_up, experts, first, dim),
-        ("down", given.down, of_up, experts, made, width),
-        ("of_down", given.of_down, of_up, experts, made, width),
-        ("up_bias", given.up_bias, float32, experts, first),
-        ("of_up_bias", given.of_up_bias, float32, experts, first),
-        ("down_bias", given.down_bias, float32, experts, made),
-        ("of_down_bias", given.of_down_bias, float32, experts, made),
-    ):
-        if tensor is None:
-            continue
-        if tensor.shape[0] < size or list(tensor.shape[1:]) != rest:
-            raise ValueError(
-                f"{name} is {list(tensor.shape)}, which does not belong to {rows} rows and experts "
-                f"of {dim} to {width} to {made}"
-            )
-        _check_memory(name, tensor, dtype)
-
-
-def _kind(tensor: Tensor | None) -> torch.dtype:
-    """Its dtype if that is one of `KINDS`, else the one that it should have had."""
-    return tensor.dtype if tensor is not None and tensor.dtype in KINDS else torch.float32
-
-
-_WITH_GAPS = ("x", "grad", "up", "down")
-
-
-def _check_memory(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-    whole = name in _WITH_GAPS or tensor.is_contiguous()
-    is_there = tensor.device.type == "cpu" and (tensor.data_ptr() or not tensor.numel())
-    if tensor.dtype != dtype or not whole or not is_there:
-        raise ValueError(
-            f"{name} is {tensor.dtype} on {tensor.device} with strides {tensor.stride()}; compiled "
-            f"code reads {dtype} in memory of the cpu, {name} {'as it lies' if whole else 'whole'}"
-        )
 
 
 def _start(tensor: Tensor | None) -> int | None:
@@ -340,8 +241,9 @@ _TENSORS = (
 
 class _Experts(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_int) for n in ("dim", "width", "made", "gated", "activation", "kept")),
-        *((n, ctypes.POINTER(ctypes.c_int64)) for n in ("counts", "starts")),
+        *((n, ctypes.c_int) for n in ("dim", "width", "made", "gated", "activation")),
+        *((n, ctypes.c_int) for n in ("kept", "paired")),
+        *((n, ctypes.POINTER(ctypes.c_int64)) for n in ("counts", "starts", "kept_starts")),
         *((n, ctypes.c_void_p) for n in _TENSORS),
         *((n, _Tokens) for n in ("x", "grad")),
         *((n, _Stack) for n in ("up", "down")),
@@ -367,7 +269,7 @@ class _Work(ctypes.Structure):
 
 class _Hidden(ctypes.Structure):
     _fields_ = (
-        *((n, ctypes.c_int) for n in ("kind", "rows", "width", "kept")),
+        *((n, ctypes.c_int) for n in ("kind", "rows", "width", "kept", "made")),
         *((n, ctypes.c_void_p) for n in ("pre", "value")),
         ("stride", ctypes.c_long),
         *((n, ctypes.c_void_p) for n in ("hidden", "weights", "of_hidden", "of_pre", "of_value")),
