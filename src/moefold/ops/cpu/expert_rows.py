@@ -67,7 +67,7 @@ class ExpertRows:
 
 
 MOST_PAIRED = 8192
-"""Numbers that a result is the sum of; with more, not all of a column is in cache at once."""
+"""Numbers that a result is the sum of (MOST_DEPTH in C): so much of a column lies in cache."""
 
 
 def pair_up(up: Tensor, down: Tensor) -> bool:
