@@ -83,8 +83,10 @@ def test_without_a_compiler(monkeypatch):
 
 
 def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(monkeypatch, tmp_path):
-    monkeypatch.setenv("CC", script(tmp_path, "echo 'no such option' >&2; exit 1"))
+    asked = tmp_path / "asked"
+    monkeypatch.setenv("CC", script(tmp_path, f"echo >>{asked}; echo 'no such option' >&2; exit 1"))
     assert reason() == "compiling failed: no such option"
+    assert asked.read_text() == "\n"  # there is nothing less to ask for
     assert list((tmp_path / "moefold").iterdir()) == []
 
 

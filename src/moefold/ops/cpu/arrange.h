@@ -146,7 +146,7 @@ static void arrange_left(int paired, int rows, int columns, Matrix from, long co
  * part of the rows, whose numbers are in one line or in two. */
 static Ahead next_columns(Factor right, const void *here, int rows, int call)
 {
-    const long size = right.kind == FLOAT32 ? 4 : 2, stride = size * right.stride;
+    const long size = size_of(right.kind), stride = size * right.stride;
     if (right.turned) {
         const char *column = (const char *)here + (WIDTH + WIDTH / CALLS * call) * stride;
         return (Ahead){column, column + stride, 2 * stride, 16 * size};

@@ -45,17 +45,17 @@ def library() -> ctypes.CDLL | str:
     compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc")
     if not compiler:
         return "no C compiler was found: neither $CC, cc nor gcc"
-    try:
-        command = [*shlex.split(compiler), *FLAGS]
+    every = instructions()
+    without = tuple(flag for flag in every if flag not in PAIRS)
+    why_not = ""
+    for flags in dict.fromkeys((every, without)):  # compilers from before 2020 know of no pairs
         try:
-            return _loaded([*command, *instructions()])
-        except subprocess.CalledProcessError:
-            # Compilers from before 2020 do not know of pairs.
-            return _loaded([*command, *(flag for flag in instructions() if flag not in PAIRS)])
-    except subprocess.CalledProcessError as error:
-        return f"compiling failed: {(error.stderr or str(error)).strip()}"
-    except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
-        return f"making a library failed: {error}"
+            return _loaded([*shlex.split(compiler), *FLAGS, *flags])
+        except subprocess.CalledProcessError as error:
+            why_not = f"compiling failed: {(error.stderr or str(error)).strip()}"
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+            return f"making a library failed: {error}"
+    return why_not
 
 
 def _reason_against() -> str:

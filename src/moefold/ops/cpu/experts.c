@@ -179,7 +179,7 @@ static void keep(const Experts *given, const void *made, int expert, void *half)
     if (made != at)
         round_all(given->kept, made, rows * width, at);
     memset((void *)number(given->kept, at, rows * width), 0,
-           more * width * (given->kept == FLOAT32 ? 4 : 2));
+           more * width * size_of(given->kept));
 }
 
 static void forward(const Experts *given, int expert, float *sums, float *room)
@@ -268,7 +268,7 @@ static Gradient gradient(void *stack, int lefts, int rights, int kind, long expe
 static void zero_all(Gradient out)
 {
     if (out.at)
-        memset(out.at, 0, (out.kind == FLOAT32 ? 4 : 2) * (long)out.lefts * out.rights);
+        memset(out.at, 0, size_of(out.kind) * out.lefts * out.rights);
 }
 
 /* `sum`; if the gradient is not float32, slab by slab, each rounded at its end, or, in pairs, as it
@@ -283,7 +283,7 @@ static void sum_to(Gradient out, int paired, int depth, Matrix left, Matrix righ
         const int some = least(each, out.lefts - first);
         void *at = (void *)number(out.kind, out.at, (long)first * rights);
         Matrix lefts = left, made = {rounds ? unrounded : at, 0, rights, 0};
-        lefts.at = (void *)number(paired ? BFLOAT16 : FLOAT32, left.at, first);
+        lefts.at = at_number(paired, left.at, first);
         sum(paired, at_once, some, rights, depth, lefts, right, made, room);
         if (rounds)
             round_all(out.kind, unrounded, (long)some * rights, at);

@@ -28,10 +28,13 @@ INLINE __m256 widen(const int kind, __m128i numbers)
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(numbers), 16));
 }
 
+/* Bytes of a number. */
+INLINE long size_of(const int kind) { return kind == FLOAT32 ? 4 : 2; }
+
 /* Where a number lies. */
 INLINE const void *number(const int kind, const void *at, long place)
 {
-    return (const char *)at + place * (kind == FLOAT32 ? 4 : 2);
+    return (const char *)at + place * size_of(kind);
 }
 
 /* `read` of numbers of a kind. */
