@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moefold import routers
 from moefold.losses import losses
+from moefold.ops.select import top
 from moefold.routing import Group, Grouping, SparseRouting
 
 ROUNDING = 1e-12  # float64: sums of some hundred numbers around 1
@@ -369,6 +370,24 @@ def test_padding_counts_in_no_loss(name):
         wanted=routing.wanted,
     )
     assert loss(name, other) == pytest.approx(loss(name, routing), abs=ROUNDING)
+
+
+@pytest.mark.parametrize("name", ["balance", "sequence-balance"])
+@pytest.mark.parametrize("shape", [(2, 7, 4), (3, 0, 4), (0, 5, 4)], ids=str)
+def test_no_mask_is_a_mask_of_real_tokens(name, shape):
+    logits = torch.randn(shape)
+    chosen = top(logits, 2, 2)
+    grads = []
+    for mask in (None, torch.ones(shape[:2], dtype=torch.bool)):
+        leaf = logits.clone().requires_grad_()
+        routing = SparseRouting.from_choice(
+            chosen, chosen.float(), logits=leaf, scores=leaf.softmax(-1), mask=mask
+        )
+        value = losses.get(name)(routing)
+        grads.append((value, *torch.autograd.grad(value, leaf)))
+    assert bool(grads[0][0]) == bool(logits.numel())
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_load_is_what_fresh_noise_does():

@@ -38,13 +38,13 @@ def balance(routing: Routing) -> Float[Tensor, ""]:
     """
     if not has_choice(routing):
         return zero(routing)
-    probability = _logits(routing).softmax(-1).flatten(0, 1).unsqueeze(0)
-    real = _real(routing)
     if routing.wanted is None:
         counts = routing.rows_per_expert  # every pair asked for has a row
     else:
-        counts = (routing.wanted & real.unsqueeze(-1)).sum((0, 1))
-    return _agreement(probability, counts.unsqueeze(0), real.flatten().unsqueeze(0))
+        counts = (routing.wanted & _real(routing).unsqueeze(-1)).sum((0, 1))
+    probability = _logits(routing).softmax(-1).flatten(0, 1).unsqueeze(0)
+    real = None if routing.mask is None else routing.mask.flatten().unsqueeze(0)
+    return _agreement(probability, counts.unsqueeze(0), real)
 
 
 @losses.register("sequence-balance", summary="DeepSeek: the balance loss within each sequence.")
@@ -63,7 +63,7 @@ def sequence_balance(routing: Routing) -> Float[Tensor, ""]:
     total = scores.sum(-1, keepdim=True)
     probability = scores / torch.where(total > 0, total, torch.ones_like(total))
     best, real = rank(scores) < _asked(routing).sum(-1, keepdim=True), _real(routing)
-    return _agreement(probability, (best & real.unsqueeze(-1)).sum(1), real)
+    return _agreement(probability, (best & real.unsqueeze(-1)).sum(1), routing.mask)
 
 
 @losses.register(
@@ -253,14 +253,17 @@ def _asked(routing: SparseRouting) -> Bool[Tensor, "batch tokens experts"]:
 def _agreement(
     probability: Float[Tensor, "sets tokens experts"],
     asked: Int[Tensor, "sets experts"],
-    real: Bool[Tensor, "sets tokens"],
+    real: Bool[Tensor, "sets tokens"] | None,
 ) -> Float[Tensor, ""]:
     """`E * sum_e f_e P_e` within each set of tokens, averaged over the sets that have any."""
+    sets, tokens, experts = probability.shape
     counts = asked.to(probability.dtype)
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
+    if real is None:  # fewer steps: around a few tokens each costs more than what it computes
+        return (share * probability.sum(1)).sum() * (experts / max(tokens * sets, 1))
     tokens = real.sum(1, keepdim=True).clamp_min(1)
     mean = (probability * real.unsqueeze(-1)).sum(1) / tokens
-    return _mean_of_groups(probability.shape[-1] * (share * mean).sum(-1), real)
+    return _mean_of_groups(experts * (share * mean).sum(-1), real)
 
 
 def _variation(mass: Float[Tensor, "groups experts"]) -> Float[Tensor, " groups"]:

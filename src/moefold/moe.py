@@ -239,7 +239,7 @@ class MoE(AbstractRouted):
             kind = _kind_of_loss(name)
             given = (routing,) if kind is known_losses else (routing, rows)
             parts.append(coefficient * kind.get(name)(*given))
-        return torch.stack(parts).sum()
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
     def _shared(self, x: Tensor, mask: Tensor | None) -> Tensor:
         assert self.shared is not None, "the caller checks it"

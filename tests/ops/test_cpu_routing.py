@@ -135,6 +135,26 @@ def test_memory_with_gaps_is_read_as_it_is_meant():
     assert torch.equal(of_scores, chosen.float())
 
 
+@pytest.mark.parametrize("twice", [False, True])
+def test_sequences_are_tokens_one_after_another(twice):
+    # Groups of one position lie across each other in memory.
+    scores = torch.rand(150, 2, 6).transpose(0, 1).requires_grad_()
+    real = torch.rand(2, 150) < 0.8
+    chosen, weights = routing.choose(scores.detach(), scores, 2, real=real, normalize=True)
+    found = routing.list_rows(chosen, weights)
+    flat = scores.detach().flatten(0, 1).requires_grad_()
+    expected = list_reference(
+        *routing.choose(flat.detach(), flat, 2, real=real.flatten(), normalize=True)
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    of_row = torch.randn(len(found[0]))
+    (of_scores,) = torch.autograd.grad(found[1], scores, of_row, create_graph=twice)
+    (of_flat,) = torch.autograd.grad(expected[1], flat, of_row)
+    assert of_flat.any()
+    torch.testing.assert_close(of_scores, of_flat.reshape(2, 150, 6))
+
+
 def test_a_mark_is_any_byte_but_zero():
     marks = torch.arange(256, dtype=torch.uint8).reshape(8, 32).view(torch.bool)
     found = routing.list_rows(marks, torch.ones(8, 32))
@@ -295,7 +315,7 @@ def test_what_must_be_seen_is_left_to_torch():
             lambda: routing.choose(
                 torch.ones(3, 2), torch.ones(3, 2), 1, real=torch.ones(2, dtype=torch.bool)
             ),
-            "3 tokens",
+            r"real is \[2\], but scores are \[3, 2\]",
         ),
         (
             lambda: routing.list_rows(torch.ones(3, 2, dtype=torch.bool), torch.ones(3, 4)),
@@ -349,8 +369,8 @@ def test_a_router_makes_the_same_routing_without_a_compiler(config, masked, monk
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_operator_of_a_graph_computes_without_a_compiler(normalize, monkeypatch):
-    scores = scores_with_ties(50, 6).requires_grad_()
-    real, of_weights = torch.rand(50) < 0.7, torch.randn(50, 6)
+    scores = scores_with_ties(50, 6).reshape(2, 25, 6).requires_grad_()
+    real, of_weights = torch.rand(2, 25) < 0.7, torch.randn(2, 25, 6)
 
     def run() -> list[Tensor]:
         given = scores.detach(), scores, 2, real, normalize, 1.5

@@ -26,7 +26,7 @@ class Settings:
         backends: of ours; `auto` is what a user gets.
         gemm: size of the square product whose rate others are compared with.
         most_seconds: a variant whose pass takes longer is not timed.
-        empty_calls: passes of no token.
+        empty_calls: training passes of no token; of inference there are ten times as many.
         decode_tokens: numbers of tokens, for what a decoder does.
     """
 

@@ -15,6 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from moefold.ops.cpu.eager import is_transformed
+
 
 def ride(y: Float[Tensor, "*shape"], loss: Float[Tensor, "*any"]) -> Float[Tensor, "*shape"]:
     """Return `y`, sharing its memory, such that its backward pass also differentiates `loss`.
@@ -29,20 +31,29 @@ def ride(y: Float[Tensor, "*shape"], loss: Float[Tensor, "*any"]) -> Float[Tenso
     nothing that is differentiated), the loss is not trained. Under `torch.no_grad()` the result is
     `y` and nothing else happens. A loss that rides twice counts twice.
     """
-    return _Ride.apply(y, loss)  # pyright: ignore[reportReturnType]
+    # Where a function has a `setup_context`, torch inspects signatures in every pass.
+    rides = _RideTransformed if is_transformed() else _Ride
+    return rides.apply(y, loss)  # pyright: ignore[reportReturnType]
 
 
 class _Ride(torch.autograd.Function):
     @staticmethod
-    def forward(y: Tensor, loss: Tensor) -> Tensor:
+    def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
+        ctx.save_for_backward(loss)
         # Not view_as: a view made here could not be changed in place by the layers that follow.
         return y.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (loss,) = ctx.saved_tensors
         return grads[0], torch.ones_like(loss)
+
+
+class _RideTransformed(_Ride):
+    @staticmethod
+    def forward(y: Tensor, loss: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])

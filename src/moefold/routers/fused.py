@@ -95,15 +95,14 @@ def picked_and_weighed(
     marks = [] if valid is None else [valid]
     if not compiled.serves(contest, scores, marks=marks, as_operator=True):
         return None
-    made = compiled.choose(
-        contest.flatten(0, 1),
-        scores.flatten(0, 1),
+    chosen, weights = compiled.choose(
+        contest,
+        scores,
         choice.k,
-        real=None if valid is None else valid.flatten(),
+        real=valid,
         normalize=weight.normalize == "chosen",
         scale=weight.scale,
     )
-    chosen, weights = (part.reshape(scores.shape) for part in made)
     return Picked(chosen, None, scores.shape[0] * scores.shape[1] * choice.k), weights
 
 

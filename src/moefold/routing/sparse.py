@@ -83,12 +83,8 @@ class SparseRouting:
             grouping: which tokens competed; one group per sequence if None.
             **extra: the optional attributes of the routing.
         """
-        batch, tokens, experts = chosen.shape
-        rows = list_rows(
-            chosen.reshape(batch * tokens, experts),
-            weights.reshape(batch * tokens, experts),
-            chosen.numel() if most_rows is None else most_rows,
-        )
+        batch, tokens, _ = chosen.shape
+        rows = list_rows(chosen, weights, chosen.numel() if most_rows is None else most_rows)
         return cls(
             token_of_row=rows.token_of_row,
             weight_of_row=rows.weight_of_row,

@@ -1,10 +1,11 @@
 """The best experts of every token, and the list of rows sorted by expert, by compiled code.
 
-Shapes: `tokens experts` pairs, `rows` those that are chosen. The slow twins are `ops.select.top`
+Shapes: `*tokens experts` pairs, `rows` those that are chosen. The slow twins are `ops.select.top`
 with `ops.weigh`, and `ops.rows_torch.list_reference`.
 """
 
 import ctypes
+import math
 from collections.abc import Sequence
 from functools import cache
 from typing import Any
@@ -53,7 +54,7 @@ def serves(
     every = (*numbers, *marks, *indices)
     for tensors, dtype in ((numbers, torch.float32), (marks, torch.bool), (indices, torch.int64)):
         for tensor in tensors:
-            if tensor.dtype != dtype or tensor.device.type != "cpu":
+            if tensor.dtype != dtype or not tensor.is_cpu:
                 return False
     if torch.compiler.is_compiling():  # a graph cannot hold the questions below
         return (
@@ -92,15 +93,16 @@ def choose(
     Raises:
         ValueError: sizes that do not belong together, or are too large.
     """
-    if contest.shape != scores.shape or scores.ndim != 2:
+    if contest.shape != scores.shape or scores.ndim < 2:
         raise ValueError(f"contest is {list(contest.shape)}, but scores are {list(scores.shape)}")
-    if scores.shape[1] > MOST_EXPERTS:
-        raise ValueError(f"there are {scores.shape[1]} experts; at most {MOST_EXPERTS} are allowed")
-    most = min(scores.shape[1], MOST_CHOSEN)
+    experts = scores.shape[-1]
+    if experts > MOST_EXPERTS:
+        raise ValueError(f"there are {experts} experts; at most {MOST_EXPERTS} are allowed")
+    most = min(experts, MOST_CHOSEN)
     if not 0 < k <= most:
-        raise ValueError(f"k is {k}; of {scores.shape[1]} experts it must be from 1 to {most}")
-    if real is not None and real.shape != scores.shape[:1]:
-        raise ValueError(f"real is {list(real.shape)}, but there are {scores.shape[0]} tokens")
+        raise ValueError(f"k is {k}; of {experts} experts it must be from 1 to {most}")
+    if real is not None and real.shape != scores.shape[:-1]:
+        raise ValueError(f"real is {list(real.shape)}, but scores are {list(scores.shape)}")
     given = contest, scores, k, real, normalize, scale
     if torch.compiler.is_compiling():
         return _chosen(*given)
@@ -114,7 +116,7 @@ def list_rows(chosen: Tensor, weights: Tensor) -> Rows:
     Raises:
         ValueError: sizes that do not belong together.
     """
-    if chosen.shape != weights.shape or chosen.ndim != 2:
+    if chosen.shape != weights.shape or chosen.ndim < 2:
         raise ValueError(f"chosen is {list(chosen.shape)}, but weights {list(weights.shape)}")
     wants_gradient = torch.is_grad_enabled() and weights.requires_grad
     return Rows(*_List.apply(chosen, weights)) if wants_gradient else _listed(chosen, weights)
@@ -147,7 +149,7 @@ class _List(torch.autograd.Function):
         ctx.mark_non_differentiable(token, counts)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(token, counts)
-        ctx.tokens = chosen.shape[0]
+        ctx.shape = chosen.shape
         return token, weight, counts
 
     @staticmethod
@@ -156,13 +158,13 @@ class _List(torch.autograd.Function):
             return None, None
         token, counts = ctx.saved_tensors
         if not torch.is_grad_enabled() and serves(of_row, indices=[token, counts]):
-            return None, _of_pair(ctx.tokens, token, counts, of_row)
+            return None, _of_pair(ctx.shape, token, counts, of_row)
         experts = counts.shape[0]
         place = token * experts + torch.arange(experts, device=token.device).repeat_interleave(
             counts
         )
-        of_pair = of_row.new_zeros(ctx.tokens * experts).scatter(0, place, of_row)
-        return None, of_pair.reshape(ctx.tokens, experts)
+        of_pair = of_row.new_zeros(math.prod(ctx.shape)).scatter(0, place, of_row)
+        return None, of_pair.reshape(ctx.shape)
 
 
 # Weights are rounded otherwise by torch's operations, and no result may depend on who looks on.
@@ -171,15 +173,16 @@ def _chosen(
     contest: Tensor, scores: Tensor, k: int, real: Tensor | None, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     if _functions() is None:  # a graph asked for it, which cannot know
-        chosen = top(contest, k, 1, None if real is None else real[:, None].expand_as(contest))
+        real = None if real is None else real[..., None].expand_as(contest)
+        chosen = top(contest, k, contest.ndim - 1, real)
         return chosen.contiguous(), weigh(chosen, scores, normalize, scale).contiguous()
     contest, scores = contest.contiguous(), scores.contiguous()
     real = None if real is None else real.contiguous()
     chosen, weights = torch.empty_like(scores, dtype=torch.bool), torch.empty_like(scores)
     work = _Choice(
-        tokens=scores.shape[0],
+        tokens=math.prod(scores.shape[:-1]),
         block=BLOCK,
-        experts=scores.shape[1],
+        experts=scores.shape[-1],
         k=k,
         normalize=normalize,
         scale=scale,
@@ -202,9 +205,9 @@ def _of_scores(
     chosen, scores, of_weights = (part.contiguous() for part in (chosen, scores, of_weights))
     of_scores = torch.empty_like(scores)
     work = _Choice(
-        tokens=scores.shape[0],
+        tokens=math.prod(scores.shape[:-1]),
         block=BLOCK,
-        experts=scores.shape[1],
+        experts=scores.shape[-1],
         normalize=normalize,
         scale=scale,
         scores=scores.data_ptr(),
@@ -248,9 +251,10 @@ _chosen.register_autograd(_differentiate, setup_context=_keep)
 
 def _listed(chosen: Tensor, weights: Tensor) -> Rows:
     if has_a_mode():
-        return list_reference(chosen, weights)
+        return list_reference(chosen.flatten(0, -2), weights.flatten(0, -2))
     chosen, weights = chosen.contiguous(), weights.contiguous()
-    tokens, experts = chosen.shape
+    experts = chosen.shape[-1]
+    tokens = math.prod(chosen.shape[:-1])
     # As the input, whatever the default device is.
     places = chosen.new_empty(-(-tokens // BLOCK), experts, dtype=torch.int64)
     counts = chosen.new_empty(experts, dtype=torch.int64)
@@ -272,9 +276,9 @@ def _listed(chosen: Tensor, weights: Tensor) -> Rows:
     return Rows(token, weight, counts)
 
 
-def _of_pair(tokens: int, token: Tensor, counts: Tensor, of_row: Tensor) -> Tensor:
+def _of_pair(shape: torch.Size, token: Tensor, counts: Tensor, of_row: Tensor) -> Tensor:
     token, counts, of_row = (part.contiguous() for part in (token, counts, of_row))
-    of_pair = of_row.new_zeros(tokens, counts.shape[0])
+    of_pair = of_row.new_zeros(shape)
     _known().moefold_unlist(
         counts.shape[0], counts.data_ptr(), token.data_ptr(), of_row.data_ptr(), of_pair.data_ptr()
     )
