@@ -272,6 +272,27 @@ def test_all_in_pairs(counts, dim, width, made, turned, gated):
     assert apart.abs().max() > 0  # else nothing was rounded on the way
 
 
+@with_pairs
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "dim", "width", "made"),
+    [((1, 0, 2, 30), 18, 10, 6), ((7, 0, 25, 97), 34, 64, 40), ((40, 9), 1600, 66, 1602)],
+)
+def test_matrices_of_float32_are_rounded_as_they_are_read(counts, dim, width, made, turned, gated):
+    low: dict[str, Any] = {"of_rows": torch.bfloat16, "gap": 4, "paired": True}
+    kind: dict[str, Any] = {"gated": gated, "turned": turned, "bias": True, "weighted": True}
+    given, shares = problem(counts, dim, width, made, **kind, **low), [range(len(counts))]
+    rounded = replace(given, up=given.up.bfloat16(), down=given.down.bfloat16())
+    got, want = compiled(given, shares), compiled(rounded, shares)
+    for name in want:
+        is_matrix = name in ("up", "down")
+        assert got[name].dtype == torch.float32
+        # Their gradients are what was rounded there at the end.
+        assert torch.equal(got[name].bfloat16() if is_matrix else got[name], want[name]), name
+        assert not is_matrix or not torch.equal(got[name], want[name].float())
+
+
 def test_what_does_not_come_in_pairs_is_refused_or_made_so():
     low: dict[str, Any] = {"dtype": torch.bfloat16, "of_rows": torch.bfloat16, "paired": True}
     kind: dict[str, Any] = {"gated": True, "bias": False, "weighted": False, **low}
@@ -289,6 +310,8 @@ def test_what_does_not_come_in_pairs_is_refused_or_made_so():
     wrong = [odd, replace(even, x=even.x.float())]
     wrong += [problem((9, 3), *sizes, gap=4, **kind) for sizes in ((19, 18, 10), (20, 17, 10))]
     wrong += [problem((9, 3), *sizes, gap=4, **kind) for sizes in ((20, 18, 9), (8194, 6, 4))]
+    wrong += [replace(even, up=even.up.half(), down=even.down.half())]
+    wrong += [replace(even, up=even.up.float()[..., :-1], down=even.down.float(), x=even.x[:, :-1])]
     for given in wrong:
         with pytest.raises(ValueError, match="pairs are of bfloat16 numbers in an even number"):
             experts.backward(given, [[0]], [None])
@@ -499,7 +522,10 @@ def test_what_cannot_be_computed(monkeypatch, instruction_set):
     assert not experts.can_compute(like, stack, stack[..., ::2].repeat(1, 2, 1)[..., ::2])
     low = stack.bfloat16()
     assert experts.can_compute(low, low, low.mT) == (instruction_set == IN_PAIRS)
-    assert not experts.can_compute(low, stack, stack)
+    # A matrix of float32 is rounded as it is read; one of float16 is not.
+    assert experts.can_compute(low, stack, stack.mT) == (instruction_set == IN_PAIRS)
+    assert not experts.can_compute(low, stack.half(), stack.half())
+    assert not experts.can_compute(low, stack[:, :, :7], stack)
     for odd in (low[:, :, :7], low[:, :, ::2], torch.empty(2, 12, 9, dtype=low.dtype)[:, :, :8]):
         assert not experts.can_compute(low, odd, low)
     for odd in (low[:, :, :7], low[:, :11]):

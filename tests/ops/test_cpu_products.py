@@ -113,6 +113,22 @@ def test_product_in_pairs(depth, room):
 
 
 @with_pairs
+@pytest.mark.parametrize("depth", [2, 16, 34, 1538])
+def test_a_matrix_of_float32_is_rounded_as_it_is_read(depth, room):
+    for rows, columns in itertools.product(ROWS, COLUMNS):
+        left = few_bits(rows, depth)
+        for right in turned_and_not(depth, columns):
+            # Memory with gaps: what lies between is nobody's.
+            wide = torch.full((right.shape[0], right.shape[1] + 4), torch.nan)
+            wide = wide if right.stride(1) == 1 else torch.full((columns, depth + 4), torch.nan).mT
+            spread = wide[:depth, :columns].copy_(right)
+            out, want = torch.full((2, rows, columns), torch.nan).unbind()
+            products.product(left, spread, out, room)
+            products.product(left, wide.bfloat16()[:depth, :columns], want, room)
+            assert torch.equal(out, want)
+
+
+@with_pairs
 def test_stacks_in_pairs(room):
     for right in (few_bits(3, 20, 18), few_bits(3, 18, 20).mT):
         left, out = few_bits(3, 7, 20), torch.full((3, 7, 18), torch.nan)
@@ -247,11 +263,12 @@ def test_nobody_reads_beyond_a_factor(rows, room):
 def test_nobody_reads_beyond_a_factor_of_pairs(rows, room):
     for columns, depth in itertools.product((1, 5, 19, 40), (2, 14, 18)):
         left, right = few_bits(rows, depth), few_bits(columns, depth)
-        out = torch.empty(rows, columns)
-        products.product(at_the_end_of_memory(left), at_the_end_of_memory(right).T, out, room)
-        assert_near(out, left, right.T)
-        products.product(left, at_the_end_of_memory(right.T.contiguous()), out, room)
-        assert_near(out, left, right.T)
+        for factor in (right, right.float()):
+            out = torch.empty(rows, columns)
+            products.product(at_the_end_of_memory(left), at_the_end_of_memory(factor).T, out, room)
+            assert_near(out, left, right.T)
+            products.product(left, at_the_end_of_memory(factor.T.contiguous()), out, room)
+            assert_near(out, left, right.T)
         made, other = torch.empty(depth, columns), few_bits(rows, columns)
         products.sums(at_the_end_of_memory(left), at_the_end_of_memory(other), made, room)
         assert_near(made, left.T, other)

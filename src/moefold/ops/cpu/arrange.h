@@ -56,30 +56,41 @@ INLINE void pack_turned(const int kind, int depth, int columns, const void *from
                 i < columns ? _mm256_cvtss_f32(read_kind(kind, from, i * stride + row, 1)) : 0;
 }
 
-/* Up to `width` columns of rows of bfloat16, two rows at a time: pairs, of a number and the one
- * below it. Below the last of an odd number of rows are zeros, as there are beside the columns. */
-INLINE void pack_pairs(const int width, int rows, int columns, const uint16_t *from, long stride,
-                       const int64_t *index, float *out)
+/* Up to 32 numbers of bfloat16, or of float32 rounded to it. */
+#if HAS_PAIRS
+INLINE __m512i read_low(const int kind, const void *at, int count)
+{
+    if (kind == FLOAT32)
+        return read_rounded(at, count);
+    return _mm512_maskz_loadu_epi16(count >= 32 ? 0xffffffff : (1u << count) - 1, at);
+}
+#endif
+
+/* Up to `width` columns of rows, two rows at a time: pairs, of a number and the one below it, of
+ * bfloat16, or if there are 32 of float32. Below the last of an odd number of rows are zeros, as
+ * there are beside the columns. */
+INLINE void pack_pairs(const int kind, const int width, int rows, int columns, const void *from,
+                       long stride, const int64_t *index, float *out)
 {
 #if HAS_PAIRS
     const __m512i low = _mm512_set_epi16(
         47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,
         39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
     const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
-    const __mmask32 own = columns >= 32 ? 0xffffffff : (1u << columns) - 1;
     for (int k = 0; k < rows; k += 2, out += width) {
-        const uint16_t *row = from + place(index, k) * stride;
-        const uint16_t *below = k + 1 < rows ? from + place(index, k + 1) * stride : row;
-        const __mmask32 other = k + 1 < rows ? own : 0;
+        const int both = k + 1 < rows;
+        const void *row = number(kind, from, place(index, k) * stride);
+        const void *below = both ? number(kind, from, place(index, k + 1) * stride) : row;
         if (width == 8) {
+            const __mmask8 own = columns >= 8 ? 0xff : (1u << columns) - 1;
             const __m128i one = _mm_maskz_loadu_epi16(own, row);
-            const __m128i two = _mm_maskz_loadu_epi16(other, below);
+            const __m128i two = _mm_maskz_loadu_epi16(both ? own : 0, below);
             _mm_storeu_si128((__m128i *)out, _mm_unpacklo_epi16(one, two));
             _mm_storeu_si128((__m128i *)(out + 4), _mm_unpackhi_epi16(one, two));
             continue;
         }
-        const __m512i one = _mm512_maskz_loadu_epi16(own, row);
-        const __m512i two = _mm512_maskz_loadu_epi16(other, below);
+        const __m512i one = read_low(kind, row, columns);
+        const __m512i two = read_low(kind, below, both ? columns : 0);
         _mm512_store_si512(out, _mm512_permutex2var_epi16(one, low, two));
         _mm512_store_si512(out + 16, _mm512_permutex2var_epi16(one, high, two));
     }
@@ -96,10 +107,14 @@ INLINE void pack_pairs(const int width, int rows, int columns, const uint16_t *f
 static void pack(int depth, int columns, Factor right, const void *from, float *out)
 {
     if (right.paired && !right.turned) {
-        pack_pairs(WIDTH, 2 * depth, columns, from, right.stride, 0, out);
+        if (right.kind == FLOAT32)
+            pack_pairs(FLOAT32, WIDTH, 2 * depth, columns, from, right.stride, 0, out);
+        else
+            pack_pairs(BFLOAT16, WIDTH, 2 * depth, columns, from, right.stride, 0, out);
         return;
     }
     switch (right.kind) {
+    case ROUNDED: pack_turned(ROUNDED, depth, columns, from, right.stride, out); break;
     case FLOAT32: PACK(FLOAT32); break;
     case BFLOAT16: PACK(BFLOAT16); break;
     default: PACK(FLOAT16);
@@ -125,7 +140,7 @@ static void arrange_right(int paired, int rows, int columns, Matrix from, long c
 {
     const void *at = at_number(paired, from.at, column);
     if (paired)
-        pack_pairs(WIDTH, rows, columns, at, from.stride, from.index, out);
+        pack_pairs(BFLOAT16, WIDTH, rows, columns, at, from.stride, from.index, out);
     else
         pack_right(FLOAT32, rows, columns, at, from.stride, from.index, out);
 }
@@ -138,8 +153,8 @@ static void arrange_left(int paired, int rows, int columns, Matrix from, long co
         return;
     }
     for (int i = 0; i < columns; i += HEIGHT)
-        pack_pairs(HEIGHT, rows, least(HEIGHT, columns - i), (const uint16_t *)at + i, from.stride,
-                   from.index, out + (long)i * ((rows + 1) / 2));
+        pack_pairs(BFLOAT16, HEIGHT, rows, least(HEIGHT, columns - i), (const uint16_t *)at + i,
+                   from.stride, from.index, out + (long)i * ((rows + 1) / 2));
 }
 
 /* The next columns of a right factor of so many rows: some of them in each of CALLS calls, or of a
@@ -149,12 +164,14 @@ static Ahead next_columns(Factor right, const void *here, int rows, int call)
     const long size = size_of(right.kind), stride = size * right.stride;
     if (right.turned) {
         const char *column = (const char *)here + (WIDTH + WIDTH / CALLS * call) * stride;
-        return (Ahead){column, column + stride, 2 * stride, 16 * size};
+        return (Ahead){column, column + stride, 2 * stride, 16 * size, right.kind == ROUNDED ? 64 : 0};
     }
     const char *row = (const char *)here + WIDTH * size + (long)call * (rows / CALLS) * stride;
+    if (WIDTH * size > 64 && right.paired)
+        return (Ahead){row, row + 64, stride, 4 * stride, 2 * stride};
     if (WIDTH * size > 64)
-        return (Ahead){row, row + 64, stride, 2 * stride};
-    return (Ahead){row, row + stride, 2 * stride, WIDTH / CALLS * stride};
+        return (Ahead){row, row + 64, stride, 2 * stride, 0};
+    return (Ahead){row, row + stride, 2 * stride, WIDTH / CALLS * stride, 0};
 }
 
 #endif

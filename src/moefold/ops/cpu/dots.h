@@ -84,6 +84,7 @@ INLINE void dots(const int kind, const int paired, const int rows, int depth,
     }
 DOTS(dots_as_they_are, FLOAT32, 0)
 DOTS(dots_in_pairs, FLOAT32, HAS_PAIRS)
+DOTS(dots_rounded, ROUNDED, HAS_PAIRS)
 DOTS(dots_of_bfloat16, BFLOAT16, 0)
 DOTS(dots_of_float16, FLOAT16, 0)
 
@@ -98,7 +99,8 @@ static void few_rows(int rows, int columns, int depth, Matrix left, Factor right
         outs[i] = at_number(finish.rounds, out.at, place(out.index, i) * out.stride);
     }
     void (*of_kind)(int, int, const float *const *, Factor, long, int, void *const *, Finish) =
-        right.paired && HAS_PAIRS ? dots_in_pairs : right.kind == FLOAT32 ? dots_as_they_are :
+        right.kind == ROUNDED ? dots_rounded : right.paired && HAS_PAIRS ? dots_in_pairs :
+        right.kind == FLOAT32 ? dots_as_they_are :
         right.kind == BFLOAT16 ? dots_of_bfloat16 : dots_of_float16;
     for (int column = 0; column < columns; column += ABREAST)
         for (int i = 0; i < rows; i += LOW) {

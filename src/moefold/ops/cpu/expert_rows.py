@@ -41,7 +41,8 @@ class ExpertRows:
         kept_counts: how many rows each expert has in `pre` and `value`, where zeros follow its own;
             as many if None.
         paired: whether products are of pairs of bfloat16 numbers, which all that has a kind then
-            consists of; see `pair_up`.
+            consists of, see `pair_up`; but `up` and `down` may be float32, and are rounded as they
+            are read.
     """
 
     counts: Sequence[int]
@@ -65,6 +66,9 @@ class ExpertRows:
     kept_counts: Sequence[int] | None = None
     paired: bool = False
 
+
+PAIRED = torch.bfloat16, torch.float32
+"""Of which matrices pairs are made, of the latter as they are read."""
 
 MOST_PAIRED = 8192
 """Numbers that a result is the sum of (MOST_DEPTH in C): so much of a column lies in cache."""
@@ -148,12 +152,14 @@ def check_memory(given: ExpertRows) -> None:
 
 def _check_pairs(given: ExpertRows) -> None:
     of_rows = [t for t in (given.x, given.grad) if t is not None]
-    low = [*of_rows, given.up, given.down, *(t for t in (given.pre, given.value) if t is not None)]
+    low = [*of_rows, *(t for t in (given.pre, given.value) if t is not None)]
     even = pair_up(given.up, given.down) and not any(map(_is_odd, of_rows))
-    if not even or any(t.dtype != torch.bfloat16 for t in low):
+    is_low = all(t.dtype == torch.bfloat16 for t in low) and given.up.dtype in PAIRED
+    if not even or not is_low:
+        every = (*low, given.up, given.down)
         raise ValueError(
             f"pairs are of bfloat16 numbers in an even number, up to {MOST_PAIRED}; these are "
-            f"{', '.join(f'{t.dtype} {list(t.shape)} {list(t.stride())}' for t in low)}"
+            f"{', '.join(f'{t.dtype} {list(t.shape)} {list(t.stride())}' for t in every)}"
         )
 
 

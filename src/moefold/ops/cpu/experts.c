@@ -26,8 +26,8 @@ typedef struct {
 /* All experts and their rows, sorted by expert. Pointers are 0 for what is not there or not asked
  * for. `pre` and `value` hold `[rows, width]` of the kind `kept`, with zeros where an expert's next
  * one starts later; biases and gradients lie without gaps, `of_up` and `of_down` of the stacks'
- * kind. `dim` numbers in a token, `made` in a result. If `paired`, all that has a kind is bfloat16,
- * sizes and strides are even, and products are of pairs. */
+ * kind. `dim` numbers in a token, `made` in a result. If `paired`, all that has a kind is bfloat16, or
+ * if it is a stack perhaps float32, sizes and strides are even, and products are of pairs. */
 typedef struct {
     int dim, width, made, gated, activation, kept, paired;
     const int64_t *counts, *starts, *kept_starts; /* of the rows of each expert, and of all */
@@ -276,8 +276,8 @@ static void zero_all(Gradient out)
 static void sum_to(Gradient out, int paired, int depth, Matrix left, Matrix right, float *unrounded,
                    float *room)
 {
-    const int rights = out.rights, at_once = paired && depth <= MOST_ROUNDED;
-    const int rounds = out.kind != FLOAT32 && !at_once;
+    const int rights = out.rights, is_low = out.kind != FLOAT32;
+    const int at_once = is_low && paired && depth <= MOST_ROUNDED, rounds = is_low && !at_once;
     const int each = rounds ? slab(out.lefts, rights) : out.lefts;
     for (int first = 0; first < out.lefts; first += each) {
         const int some = least(each, out.lefts - first);

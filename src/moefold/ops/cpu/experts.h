@@ -32,12 +32,14 @@ typedef struct {
 /* Where a row lies: after the one before, or as the index says. */
 INLINE long place(const int64_t *index, long row) { return index ? index[row] : row; }
 
-/* Numbers of parameters, of tokens, and of what is kept for the backward pass. */
-enum { FLOAT32, BFLOAT16, FLOAT16 };
+/* Numbers of parameters, of tokens, and of what is kept for the backward pass; and two of float32
+ * that are read as a pair of bfloat16. */
+enum { FLOAT32, BFLOAT16, FLOAT16, ROUNDED };
 
 /* A matrix that rows are multiplied by: it lies as [depth, columns], or if `turned` as
- * [columns, depth]. If `paired`, it is bfloat16 and so is what it is multiplied with, pair by pair:
- * then the depth is even, and so are all strides along which a row of pairs is found. */
+ * [columns, depth]. If `paired`, what it is multiplied with is bfloat16, pair by pair, and so is the
+ * matrix, or is rounded to it as it is read: then the depth is even, and so are all strides along
+ * which a row of pairs is found. */
 typedef struct {
     const void *at;
     long stride;

@@ -3,8 +3,9 @@
 The slow twin is `experts.backends.fused_torch`; the formulas are in `experts.backends.fused_ops`.
 
 Shapes: `tokens dim` in and `tokens made` out; experts of a hidden `width`; `rows` sorted by expert.
-Computed is in float32, with hidden rows and their gradients in bfloat16 where all else is and the
-processor multiplies pairs of such numbers. What is as large as the matrices or as all rows may be
+Computed is in float32, with hidden rows and their gradients in bfloat16 where tokens are and the
+processor multiplies pairs of such numbers, to which matrices of float32 are then rounded as they
+are read: their gradients are not. What is as large as the matrices or as all rows may be
 bfloat16 or float16 in memory: tokens, the matrices, with them their gradients, and what is kept for
 the backward pass; all else is float32. Nothing but `x`, `grad`, `up` and `down` may have gaps.
 """
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
-from moefold.ops.cpu.expert_rows import KINDS, ExpertRows, check_memory, pair_up
+from moefold.ops.cpu.expert_rows import KINDS, PAIRED, ExpertRows, check_memory, pair_up
 from moefold.ops.cpu.team import all_threads, run_compiled_together
 
 MOST_ROWS = 1024
@@ -34,7 +35,7 @@ def can_compute(like: Tensor, up: Tensor, down: Tensor) -> bool:
 
     Args:
         like: of the dtype that is to be computed in: float32, or bfloat16, of which pairs are
-            multiplied.
+            multiplied, whether the matrices are that or float32.
         up: first matrices.
         down: second matrices.
     """
@@ -42,15 +43,16 @@ def can_compute(like: Tensor, up: Tensor, down: Tensor) -> bool:
         up.dtype == down.dtype
         and up.dtype in KINDS
         and like.device.type == up.device.type == down.device.type == "cpu"
-        and (like.dtype == torch.float32 or (like.dtype == up.dtype and _can_pair(up, down)))
+        and (like.dtype == torch.float32 or _can_pair(like, up, down))
         and _has_no_gaps(up)
         and _has_no_gaps(down)
         and _functions() is not None
     )
 
 
-def _can_pair(up: Tensor, down: Tensor) -> bool:
-    return up.dtype == torch.bfloat16 and pair_up(up, down) and _has_pairs()
+def _can_pair(like: Tensor, up: Tensor, down: Tensor) -> bool:
+    is_low = like.dtype == torch.bfloat16 and up.dtype in PAIRED
+    return is_low and pair_up(up, down) and _has_pairs()
 
 
 def _has_pairs() -> bool:

@@ -29,7 +29,7 @@ INLINE __m256 widen(const int kind, __m128i numbers)
 }
 
 /* Bytes of a number. */
-INLINE long size_of(const int kind) { return kind == FLOAT32 ? 4 : 2; }
+INLINE long size_of(const int kind) { return kind == ROUNDED ? 8 : kind == FLOAT32 ? 4 : 2; }
 
 /* Where a number lies. */
 INLINE const void *number(const int kind, const void *at, long place)
@@ -43,6 +43,12 @@ INLINE __m256 read_kind(const int kind, const void *at, long place, int count)
     const void *here = number(kind, at, place);
     if (kind == FLOAT32)
         return read(here, count);
+#if HAS_PAIRS
+    if (kind == ROUNDED) {
+        const __mmask16 own = count >= LANES ? 0xffff : (1u << 2 * count) - 1;
+        return (__m256)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(own, here));
+    }
+#endif
     if (count >= LANES)
         return widen(kind, _mm_loadu_si128(here));
     uint16_t few[LANES] = {0};
@@ -137,10 +143,24 @@ enum { SPAN = 16 };
 
 INLINE __mmask16 first_of(int count) { return count >= SPAN ? 0xffff : (1u << count) - 1; }
 
+#if HAS_PAIRS
+/* Up to 32 numbers of float32 as bfloat16. */
+INLINE __m512i read_rounded(const float *at, int count)
+{
+    const __m512 low = _mm512_maskz_loadu_ps(first_of(count), at);
+    const __m512 high = _mm512_maskz_loadu_ps(first_of(most(count - SPAN, 0)), at + SPAN);
+    return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+#endif
+
 INLINE Vector read_vector(const int kind, const void *at, long place, int count)
 {
     const void *here = number(kind, at, place);
     const __mmask16 own = first_of(count);
+#if HAS_PAIRS
+    if (kind == ROUNDED)
+        return _mm512_castsi512_ps(read_rounded(here, 2 * count));
+#endif
     if (kind == FLOAT32)
         return count >= SPAN ? _mm512_loadu_ps(here) : _mm512_maskz_loadu_ps(own, here);
     const __m256i numbers = count >= SPAN ? _mm256_loadu_si256(here)

@@ -34,7 +34,8 @@ void product(int rows, int columns, int depth, Matrix left, Factor right, Matrix
     if (right.paired) {
         depth /= 2;
         if (right.turned) /* what is arranged are four bytes, as if they were one number */
-            right = (Factor){right.at, right.stride / 2, 1, FLOAT32, 1};
+            right = (Factor){right.at, right.stride / 2, 1,
+                             right.kind == FLOAT32 ? ROUNDED : FLOAT32, 1};
     }
     if (right.turned && rows <= FEW) {
         few_rows(rows, columns, depth, left, right, out, finish);
@@ -75,7 +76,7 @@ void product(int rows, int columns, int depth, Matrix left, Factor right, Matrix
                     const float *scale = finish.scale ? finish.scale + row + i : 0;
                     const Ahead ahead = more && call < CALLS
                         ? next_columns(right, here, each_step * steps, call)
-                        : (Ahead){(const char *)lefts[i], (const char *)lefts[i], 0, 0};
+                        : (Ahead){(const char *)lefts[i], (const char *)lefts[i], 0, 0, 0};
                     if (wide == WIDTH) {
                         TILES[high](right.paired, steps, lefts + i, from, room, outs + i, column,
                                     (Finish){bias, scale, adds, finish.rounds}, ahead);

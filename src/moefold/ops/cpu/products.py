@@ -3,9 +3,10 @@
 Shapes: `[rows, depth] @ [depth, columns]`, or stacks of both, `[experts, rows, depth] @ [experts,
 depth, columns]`. All of it float32, but for the right factor of `product`, which may be bfloat16 or
 float16. Where the processor multiplies pairs of bfloat16 numbers, both factors may be bfloat16, and
-what is written, too. With an index, a factor is `[tokens, depth]` and its rows are
-those that the index, `[rows]` or `[experts * rows]`, names. None of the sizes is 0; in pairs the
-depth and the strides of `product` are even.
+what is written, too; a float32 right factor of bfloat16 rows is rounded as it is read. With an
+index, a factor is `[tokens, depth]` and its rows are those that the index, `[rows]` or
+`[experts * rows]`, names. None of the sizes is 0; in pairs the depth and the strides of `product`
+are even.
 
 Experts multiply within compiled code (`experts.c`); this is the entrance for tests and benchmarks.
 """
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
-from moefold.ops.cpu.expert_rows import KINDS
+from moefold.ops.cpu.expert_rows import KINDS, PAIRED
 
 MOST_ROUNDED = 1024
 """Rows whose sum is written in bfloat16."""
@@ -57,7 +58,7 @@ def product(
         out_index: of the rows in `out`, likewise; one that comes twice is only right if `add`.
     """
     low = _is_low(left)
-    assert not low or _is_low(right), "a row of pairs is multiplied by a matrix of pairs"
+    assert not low or right.dtype in PAIRED, "a row of pairs is multiplied by a matrix of pairs"
     assert low or not _is_low(out), "only what pairs make is rounded"
     experts, turned = right.shape[0] if right.ndim == 3 else 1, right.stride(-2) == 1
     functions = _functions()

@@ -17,11 +17,23 @@ enum { HEIGHT = 6 }; /* likewise 12 of 16 */
 enum { WIDTH = 2 * SPAN };
 
 /* What to fetch while computing, for every 16 steps of depth: two lines, and for a wide tile two
- * more that lie `apart` from them. */
+ * more that lie `apart` from them; and if what is fetched will be rounded to pairs, and so is twice
+ * as much, as many again that lie `again` from those. */
 typedef struct {
     const char *one, *other;
-    long apart, step; /* in bytes */
+    long apart, step, again; /* in bytes */
 } Ahead;
+
+INLINE void fetch(const int paired, const char *line, Ahead ahead)
+{
+    __builtin_prefetch(line, 0, 2);
+    if (WIDTH == 32)
+        __builtin_prefetch(line + ahead.apart, 0, 2);
+    if (paired && ahead.again) {
+        __builtin_prefetch(line + ahead.again, 0, 2);
+        __builtin_prefetch(line + ahead.again + ahead.apart, 0, 2);
+    }
+}
 
 /* As written: compilers would use a form that needs copies of the accumulators. */
 #define MULTIPLY_ADD(sum, one, other) \
@@ -107,14 +119,10 @@ INLINE void tile(const int paired, const int height, const int packed, const int
     const float *l0 = left[0] + first;
     LEFT(1); LEFT(2); LEFT(3); LEFT(4); LEFT(5); LEFT(6); LEFT(7);
     for (; depth >= 16; depth -= 16) {
-        __builtin_prefetch(ahead.one, 0, 2);
-        if (WIDTH == 32)
-            __builtin_prefetch(ahead.one + ahead.apart, 0, 2);
+        fetch(paired, ahead.one, ahead);
         ahead.one += ahead.step;
         AT(0) AT(1) AT(2) AT(3) AT(4) AT(5) AT(6) AT(7)
-        __builtin_prefetch(ahead.other, 0, 2);
-        if (WIDTH == 32)
-            __builtin_prefetch(ahead.other + ahead.apart, 0, 2);
+        fetch(paired, ahead.other, ahead);
         ahead.other += ahead.step;
         AT(8) AT(9) AT(10) AT(11) AT(12) AT(13) AT(14) AT(15)
         ADVANCE(16)
@@ -149,7 +157,7 @@ INLINE void row_of_tiles(const int paired, const int height, const int rounds, i
                          const float *left, const float *right, void *const *out, long column,
                          int tiles, int add)
 {
-    const Ahead nothing = {(const char *)left, (const char *)left, 0, 0};
+    const Ahead nothing = {(const char *)left, (const char *)left, 0, 0, 0};
     for (; tiles; tiles--, right += (long)depth * WIDTH, column += WIDTH)
         tile(paired, height, 1, rounds, depth, &left, 0, right, out, column,
              (Finish){.add = add, .rounds = rounds}, nothing);
