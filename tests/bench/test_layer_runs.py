@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moefold.bench import variants
+from moefold.bench import layers, variants
 from moefold.bench.agreement import (
     SAFE_GAP,
     TOLERANCE,
@@ -181,6 +181,30 @@ def test_a_layer_is_measured_whole():
     )
     assert mine["empty_us"].keys() == {"forward", "both", "inference"}
     assert found["product"]["gflops"][1] > 0
+
+
+@pytest.mark.parametrize("shape", TINY, ids=lambda shape: shape.name)
+def test_mixed_precision_is_float32_under_autocast(shape):
+    seen = []
+
+    def look(y):
+        seen.append((torch.is_autocast_enabled("cpu"), y.dtype))
+        return y
+
+    found = run_layer(shape, "amp", QUICK, [Fake("same", look)])
+    dense, mine, same = found["records"]
+    assert set(seen) == {(True, torch.bfloat16)}
+    assert found["dtype"] == "amp"
+    assert found["tolerance"] == TOLERANCE["amp"]
+    assert dense["memory"]["weights"] == 4 * sum(
+        p.numel() for p in layers.dense(shape).parameters()
+    )
+    for record in (mine, same):
+        assert record["error"] <= TOLERANCE["amp"]
+        assert record["both_ms"][1] > 0
+    assert mine["empty_us"]["inference"][1] > 0
+    decoded = run_decode(shape, "amp", QUICK, [])["points"]
+    assert all(record["us"][1] > 0 for point in decoded for record in point["records"])
 
 
 def test_a_pass_that_takes_too_long_is_not_repeated():

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from moefold.bench import run as module
 from moefold.bench import scaling
@@ -244,27 +245,30 @@ def test_memory_grows_with_the_rows(file):
 
 
 def test_memory_of_a_curve_is_beside_weights_and_gradients():
-    import torch
-
     layer = torch.nn.Linear(16, 16, bias=False)
     # The result of 48 tokens, and the gradient of their input.
-    assert scaling._beside_weights(layer, TOKENS, torch.float32, "cpu") == 4 * 48 * (16 + 16)
+    assert scaling._beside_weights(layer, TOKENS, "fp32", "cpu") == 4 * 48 * (16 + 16)
 
 
-def test_one_point_has_no_exponent():
+@pytest.mark.parametrize("dtype", ["fp32", "amp"])
+def test_one_point_has_no_exponent(dtype):
     one = replace(SMALL, tokens=(16,), experts=(2,), ks=(1,), widths=(8,), group_lengths=(8,))
     one = replace(one, soft_experts=(1,), fine_ks=(1,), routers=("soft",))
-    for curve in run_scaling(one, "fp32", replace(QUICK, rounds=1)):
+    for curve in run_scaling(one, dtype, replace(QUICK, rounds=1)):
+        assert curve["dtype"] == dtype
         for line in curve["lines"].values():
             assert "fit" not in line
 
 
-def test_an_upcycled_encoder(monkeypatch):
+@pytest.mark.parametrize("dtype", ["fp32", "amp"])
+def test_an_upcycled_encoder(dtype, monkeypatch):
     from moefold.bench import models
 
-    monkeypatch.setattr(models, "_opened", lambda name: tiny_bert())
+    model, low = tiny_bert(), []
+    model.register_forward_hook(lambda *_: low.append(torch.is_autocast_enabled("cpu")))
+    monkeypatch.setattr(models, "_opened", lambda name: model)
     which = ModelSettings(models=("bert-12",), batch=2, length=6, experts=4)
-    found = run_model("bert-12", "fp32", which, QUICK)
+    found = run_model("bert-12", dtype, which, QUICK)
     json.dumps(found, allow_nan=False)
     dense, one, two = found["records"]
     assert dense["times_dense"] == [1.0, 1.0, 1.0]
@@ -272,6 +276,8 @@ def test_an_upcycled_encoder(monkeypatch):
     # A router is all that top-1 adds; top-2 runs half of the MLPs twice.
     assert 1 < one["flops_of_dense"] < 1.02 < two["flops_of_dense"] < 1.5
     assert max(one["error"], two["error"]) <= found["tolerance"]
+    # Operations are counted without; two errors and three passes are not.
+    assert sum(low) == (3 + 3 * (QUICK.rounds + QUICK.warmup) if dtype == "amp" else 0)
 
 
 def test_an_upcycled_encoder_that_differs_is_not_timed(monkeypatch):

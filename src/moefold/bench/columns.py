@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moefold.bench.agreement import DTYPES
+from moefold.bench.precision import DTYPES
 
 Entry = Mapping[str, Any]
 Setting = tuple[str, int]

@@ -43,7 +43,7 @@ def run_decode(
 
     Args:
         shape: the layer; its tokens and sequences do not matter.
-        dtype_name: one of `agreement.DTYPES`.
+        dtype_name: one of `precision.DTYPES`.
         settings: rounds, device and the rest.
         peers: which to try.
         said: told what is going on.

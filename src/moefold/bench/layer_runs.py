@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moefold.bench.agreement import DTYPES, TOLERANCE
+from moefold.bench.agreement import TOLERANCE
 from moefold.bench.memory import parameter_bytes, peak_bytes
 from moefold.bench.peers import AbstractPeer
+from moefold.bench.precision import DTYPES, result_dtype
 from moefold.bench.settings import Settings
 from moefold.bench.shapes import Shape
 from moefold.bench.timing import (
@@ -49,7 +50,7 @@ def run_layer(
 
     Args:
         shape: the layer.
-        dtype_name: one of `DTYPES`.
+        dtype_name: one of `precision.DTYPES`.
         settings: rounds, device and the rest.
         peers: which to try.
         said: told what is going on.
@@ -58,7 +59,7 @@ def run_layer(
     Returns:
         As JSON knows it: `shape`, `dtype`, and a record for each variant.
     """
-    dtype, device = DTYPES[dtype_name], settings.device
+    device = settings.device
     entrance = Entrance.of_run(shape, dtype_name, settings)
     inputs, back = entrance.inputs, entrance.back
     assert back is not None
@@ -75,7 +76,7 @@ def run_layer(
     slow = _too_slow(timed, settings.most_seconds)
     for name in slow:
         del passes[name], timed[name]
-    passes[GEMM], gemm_flops = _product(settings.gemm, dtype, device)
+    passes[GEMM], gemm_flops = _product(settings.gemm, result_dtype(dtype_name), device)
     limit = _SLOW * timed[DENSE].first
     few = [name for name, variant in timed.items() if variant.first > limit]
     said(f"{shape.name}, {dtype_name}: timing {len(passes)} variants")
@@ -85,7 +86,7 @@ def run_layer(
         variant.record.update(_summary(name, variant, seconds, gemm))
         variant.record["memory"] = _memory(variant.layer, inputs[0], back, device)
         if variant.record["kind"] == "ours":
-            variant.record["empty_us"] = _empty(variant.layer, shape, dtype, settings)
+            variant.record["empty_us"] = _empty(variant.layer, shape, dtype_name, settings)
     _memory_against_dense(records)
     return {
         "shape": shape.to_dict(),
@@ -194,13 +195,13 @@ def _memory_against_dense(records: list[dict[str, Any]]) -> None:
 
 
 def _empty(
-    layer: nn.Module, shape: Shape, dtype: torch.dtype, settings: Settings
+    layer: nn.Module, shape: Shape, dtype_name: str, settings: Settings
 ) -> dict[str, list[float]]:
     """Microseconds of a pass of no token, for training and under `inference_mode`."""
-    device, calls = settings.device, settings.empty_calls
+    device, dtype, calls = settings.device, DTYPES[dtype_name], settings.empty_calls
     clock = clock_of(device, settings.clock)
     x = torch.empty(1, 0, shape.dim, dtype=dtype, device=device, requires_grad=True)
-    back = torch.empty(1, 0, shape.dim, dtype=dtype, device=device)
+    back = torch.empty(1, 0, shape.dim, dtype=result_dtype(dtype_name), device=device)
     run = _training_pass(layer, back)
     took = [run(x, clock) for _ in range(calls)][calls // 10 :]
     result = {

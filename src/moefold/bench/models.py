@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moefold import routers
-from moefold.bench.agreement import DTYPES, TOLERANCE
+from moefold.bench.agreement import TOLERANCE
+from moefold.bench.precision import DTYPES, as_run
 from moefold.bench.settings import Settings
 from moefold.bench.timing import (
     Pass,
@@ -82,7 +83,7 @@ def run_model(
 
     Args:
         name: one of `which.models`.
-        dtype_name: one of `agreement.DTYPES`.
+        dtype_name: one of `precision.DTYPES`.
         which: batch, length and mixtures.
         settings: rounds, device and the rest.
         said: told what is going on.
@@ -111,12 +112,12 @@ def run_model(
         torch.randint(min(200, vocabulary // 2), vocabulary, shape).to(settings.device)
         for _ in range(settings.rounds + settings.warmup)
     ]
-    wanted = _hidden(dense, inputs[0])
+    wanted = _hidden(as_run(dense, dtype_name), inputs[0])
     flops = _flops(dense, inputs[0])
     layers = int(getattr(dense.config, "num_hidden_layers", 1))
     # Every layer adds an error of its own, and independent ones add as the square root.
     tolerance = TOLERANCE[dtype_name] * math.sqrt(layers)
-    models: dict[str, nn.Module] = {DENSE: dense}
+    models: dict[str, nn.Module] = {DENSE: as_run(dense, dtype_name)}
     records: list[dict[str, Any]] = [{"variant": DENSE, "flops_of_dense": 1.0}]
     for backend in settings.backends:
         for k in which.ks:
@@ -124,7 +125,8 @@ def run_model(
             record: dict[str, Any] = {"variant": variant, "k": k}
             records.append(record)
             mixture = _upcycled(dense, k, which, backend)
-            record["error"] = _relative(_hidden(mixture, inputs[0]), wanted)
+            running = as_run(mixture, dtype_name)
+            record["error"] = _relative(_hidden(running, inputs[0]), wanted)
             record["flops_of_dense"] = _flops(mixture, inputs[0]) / flops
             if not record["error"] <= tolerance:
                 record["refused"] = (
@@ -132,7 +134,7 @@ def run_model(
                     f"{tolerance:.0e}"
                 )
                 continue
-            models[variant] = mixture
+            models[variant] = running
     said(f"{name}, {dtype_name}: timing {len(models)} models")
     clock = clock_of(settings.device, settings.clock)
     seconds = interleave(

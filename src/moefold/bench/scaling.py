@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from moefold import routers
-from moefold.bench.agreement import DTYPES
 from moefold.bench.fit import fit_power
 from moefold.bench.layers import dense, ours
 from moefold.bench.memory import parameter_bytes, peak_bytes
+from moefold.bench.precision import DTYPES, as_run, result_dtype
 from moefold.bench.settings import Settings
 from moefold.bench.shapes import SHAPES, Shape
 from moefold.bench.timing import Progress, Seconds, clock_of, interleave, part, quartiles
@@ -92,7 +92,6 @@ def run_scaling(
         As JSON knows it: for each curve its name, what x is and what is measured, and for each of
         its lines the points and the fit.
     """
-    dtype = DTYPES[dtype_name]
     backend = settings.backends[0]
     curves = []
     for name, x_label, training, lines in _curves(which, backend):
@@ -101,8 +100,8 @@ def run_scaling(
         for line, shapes in lines.items():
             torch.manual_seed(settings.seed)
             # Built line by line: all layers of all lines at once might not fit.
-            points = [make().to_point(x, dtype, settings.device) for x, make in shapes]
-            found[line] = _times(points, dtype, settings, training, progress)
+            points = [make().to_point(x, dtype_name, settings.device) for x, make in shapes]
+            found[line] = _times(points, dtype_name, settings, training, progress)
             del points
         curves.append(
             {
@@ -127,11 +126,11 @@ class _Made:
     tokens: int
     dim: int
 
-    def to_point(self, x: int, dtype: torch.dtype, device: str) -> _Point:
+    def to_point(self, x: int, dtype_name: str, device: str) -> _Point:
         """As a point."""
         return _Point(
             x=x,
-            layer=self.layer.to(device, dtype),
+            layer=as_run(self.layer.to(device, DTYPES[dtype_name]), dtype_name),
             sequences=self.sequences,
             tokens=self.tokens,
             dim=self.dim,
@@ -215,7 +214,7 @@ def _groups(which: Scaling, backend: str) -> dict[str, Line]:
 
 def _times(
     points: Sequence[_Point],
-    dtype: torch.dtype,
+    dtype_name: str,
     settings: Settings,
     training: bool,
     progress: Progress | None,
@@ -223,7 +222,7 @@ def _times(
     """Times of all points of a line, interleaved, and how they grow."""
     clock = clock_of(settings.device, settings.clock)
     seconds = interleave(
-        {str(point.x): _pass(point, dtype, settings.device, training) for point in points},
+        {str(point.x): _pass(point, dtype_name, settings.device, training) for point in points},
         list(range(settings.warmup + settings.rounds)),
         clock,
         warmup=settings.warmup,
@@ -239,20 +238,20 @@ def _times(
 
 
 def _pass(
-    point: _Point, dtype: torch.dtype, device: str, training: bool
+    point: _Point, dtype_name: str, device: str, training: bool
 ) -> Callable[[int, Callable[[], float]], Seconds]:
     """A pass over tokens of its own; they are drawn before the clock starts."""
     point.layer.train(training)
 
     def run(turn: int, clock: Callable[[], float]) -> Seconds:
-        x = torch.randn(point.sequences, point.tokens, point.dim).to(device, dtype)
+        x = torch.randn(point.sequences, point.tokens, point.dim).to(device, DTYPES[dtype_name])
         if not training:
             with torch.inference_mode():
                 start = clock()
                 point.layer(x)
                 took = clock() - start
             return Seconds(took, took)
-        back = torch.randn_like(x)
+        back = torch.randn_like(x, dtype=result_dtype(dtype_name))
         x.requires_grad_()
         start = clock()
         y = point.layer(x)
@@ -267,7 +266,7 @@ def _pass(
 
 def _memory(which: Scaling, dtype_name: str, settings: Settings) -> list[dict[str, Any]]:
     """Bytes of a training pass beside weights and their gradients, against k."""
-    base, dtype = which.base, DTYPES[dtype_name]
+    base = which.base
     same_width = {
         k: replace(base, experts=which.k_experts, width=which.k_width, k=k) for k in which.ks
     }
@@ -286,8 +285,7 @@ def _memory(which: Scaling, dtype_name: str, settings: Settings) -> list[dict[st
             mib = []
             for shape in shapes.values():
                 torch.manual_seed(settings.seed)
-                layer = make(shape).to(settings.device, dtype)
-                mib.append(_beside_weights(layer, shape, dtype, settings.device) / 2**20)
+                mib.append(_beside_weights(make(shape), shape, dtype_name, settings.device) / 2**20)
             lines[line] = {"x": list(shapes), "mib": mib}
             if len(mib) > 1:
                 lines[line]["fit"] = fit_power(list(shapes), mib).to_dict()
@@ -303,10 +301,11 @@ def _memory(which: Scaling, dtype_name: str, settings: Settings) -> list[dict[st
     return curves
 
 
-def _beside_weights(layer: nn.Module, shape: Shape, dtype: torch.dtype, device: str) -> int:
-    tokens = shape.tokens // shape.sequences
+def _beside_weights(layer: nn.Module, shape: Shape, dtype_name: str, device: str) -> int:
+    dtype, tokens = DTYPES[dtype_name], shape.tokens // shape.sequences
+    layer = as_run(layer.to(device, dtype), dtype_name)
     x = torch.randn(shape.sequences, tokens, shape.dim).to(device, dtype).requires_grad_()
-    back = torch.randn(x.shape).to(device, dtype)
+    back = torch.randn(x.shape).to(device, result_dtype(dtype_name))
 
     def run() -> Tensor:
         y = layer(x)

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import torch
 
-from moefold.bench.agreement import DTYPES
+from moefold.bench.precision import DTYPES
 from moefold.bench.timing import Clock
 from moefold.experts.backends import AUTO, backends
 
@@ -22,7 +22,7 @@ class Settings:
         threads: on the CPU.
         clock: `cpu` is the time of this process; with one thread it holds on a shared machine.
         allocator: `keep` tells glibc to keep what is freed, see `memory.keep_freed_memory`.
-        dtypes: which of `agreement.DTYPES`.
+        dtypes: which of `precision.DTYPES`.
         backends: of ours; `auto` is what a user gets.
         gemm: size of the square product whose rate others are compared with.
         most_seconds: a variant whose pass takes longer is not timed.

@@ -3,7 +3,7 @@
 Shapes: `batch tokens dim` in and out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from moefold.bench.agreement import (
-    DTYPES,
     TOLERANCE,
     disagreement,
     draw_inputs,
@@ -20,6 +19,7 @@ from moefold.bench.agreement import (
 )
 from moefold.bench.layers import After, copy_weights, dense, ours, reference
 from moefold.bench.peers import AbstractPeer, Built, Given
+from moefold.bench.precision import DTYPES, as_run, result_dtype
 from moefold.bench.settings import Settings
 from moefold.bench.shapes import Shape
 from moefold.experts.backends import AUTO, backends
@@ -53,7 +53,7 @@ class Entrance:
 
     Args:
         shape: the layer.
-        dtype_name: one of `DTYPES`.
+        dtype_name: one of `precision.DTYPES`.
         device: where it runs.
         master: the reference, whose weights all get.
         inputs: of the run; the first is the one that is compared on.
@@ -88,8 +88,8 @@ class Entrance:
         torch.manual_seed(settings.seed)
         master = reference(shape, device, dtype)
         inputs = draw_inputs(shape, master, settings.rounds + settings.warmup, dtype, device)
-        back = torch.randn(inputs[0].shape).to(device, dtype) if training else None
-        return cls(shape, dtype_name, device, master, inputs, back)
+        back = torch.randn(inputs[0].shape).to(device, result_dtype(dtype_name))
+        return cls(shape, dtype_name, device, master, inputs, back if training else None)
 
     def all(
         self, backends: Sequence[str], peers: Sequence[AbstractPeer]
@@ -121,7 +121,7 @@ class Entrance:
                 if against:
                     record["refused"] = "; ".join(against)
                     return record
-            found = outcome(layer, self.inputs[0], self.back, lambda: gradients_of(layer))
+            found = self._outcome(layer, lambda: gradients_of(layer))
         except Exception as error:  # what it raises is the reason, whatever it is
             return _refused(record, error)
         if self._agrees(record, found, self._want()):
@@ -143,14 +143,14 @@ class Entrance:
         )
         try:
             built = peer.build(given)
-            found = outcome(built.layer, self.inputs[0], self.back, built.gradients)
+            found = self._outcome(built.layer, built.gradients)
         except Exception as error:  # what it raises is the reason, whatever it is
             return _refused(record, error)
         if built.remark:
             record["remark"] = built.remark
         if built.another:
             record["not_compared"] = built.another
-            flops = _counted_flops(built.layer, self.inputs[0])
+            flops = _counted_flops(as_run(built.layer, self.dtype_name), self.inputs[0])
             self._let_in(record, built.layer, flops, timed)
         elif self._agrees(record, found, self._want(built)):
             self._let_in(record, built.layer, self.shape.flops, timed)
@@ -160,12 +160,15 @@ class Entrance:
         """What the reference gives, after what a peer does to its input if it does something."""
         if built is not None and built.before is not None:
             layer = After(built.before, self.master)
-            return outcome(layer, self.inputs[0], self.back, lambda: gradients_of(self.master))
+            return self._outcome(layer, lambda: gradients_of(self.master))
         if self._wanted is None:
-            self._wanted = outcome(
-                self.master, self.inputs[0], self.back, lambda: gradients_of(self.master)
-            )
+            self._wanted = self._outcome(self.master, lambda: gradients_of(self.master))
         return self._wanted
+
+    def _outcome(
+        self, layer: nn.Module, gradients: Callable[[], dict[str, Tensor]]
+    ) -> dict[str, Tensor]:
+        return outcome(as_run(layer, self.dtype_name), self.inputs[0], self.back, gradients)
 
     def _agrees(
         self, record: dict[str, Any], found: dict[str, Tensor], wanted: dict[str, Tensor]
@@ -186,6 +189,7 @@ class Entrance:
     def _let_in(
         self, record: dict[str, Any], layer: nn.Module, flops: int, timed: dict[str, Variant]
     ) -> None:
+        layer = as_run(layer, self.dtype_name)
         timed[record["variant"]] = Variant(record=record, layer=layer, flops=flops)
 
 

@@ -88,7 +88,7 @@ class Arguments:
         scaling: measure how cost grows instead: with tokens, experts, k, width, group length.
         report: make the page of these files of results, and measure nothing.
         shapes: names of layers; those at home on the device if not said.
-        dtypes: fp32, bf16 or fp16.
+        dtypes: fp32, bf16, fp16, or amp for fp32 under autocast to bf16.
         backends: of our layer; auto is what a user gets, `moefold list backends` shows all.
         peers: whom to try beside it, by name; all, or none.
         models: minilm for the packaged encoder, bert-12 for a random one, or a folder.
@@ -111,7 +111,7 @@ class Arguments:
     scaling: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     report: tuple[Path, ...] = ()
     shapes: tuple[str, ...] = ()
-    dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16")
+    dtypes: tuple[Literal["fp32", "bf16", "fp16", "amp"], ...] = ("fp32", "bf16")
     backends: tuple[str, ...] = ("auto",)
     peers: tuple[str, ...] = ("all",)
     models: tuple[str, ...] = ModelSettings().models
