@@ -98,6 +98,7 @@ def problem(
 
     return ExpertRows(
         counts=counts,
+        kept_counts=counts,
         tokens=torch.randint(tokens, (rows + 2,)),
         weights=torch.rand(rows + 2) if weighted else None,
         x=torch.randn(tokens, dim + gap).to(of_rows)[:, :dim],

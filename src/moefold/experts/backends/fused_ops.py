@@ -114,7 +114,7 @@ def mixture(
     if plan.leaves_some:
         fused_torch.forward(given, sums, like, compiled=plan.can_compile)
     if keep:
-        used = sum(given.kept_counts or counts)
+        used = sum(given.kept_counts)
         for part in kept:
             part[used:].zero_()
     return total(sums).to(dtype), *kept
@@ -155,9 +155,9 @@ def _tokens(token_of_row: Tensor | None, counts: Sequence[int], tokens: int) -> 
     return index
 
 
-def _kept_counts(counts: Sequence[int], like: Tensor) -> Sequence[int] | None:
+def _kept_counts(counts: Sequence[int], like: Tensor) -> Sequence[int]:
     """Rows that are kept of each expert, whoever computes it; with those that torch pads it by."""
-    return None if padded(1, like) == 1 else [padded(n, like) for n in counts]
+    return counts if padded(1, like) == 1 else [padded(n, like) for n in counts]
 
 
 def _as_read(numbers: Tensor | None, dtype: torch.dtype) -> Tensor | None:

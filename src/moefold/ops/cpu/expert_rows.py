@@ -20,6 +20,7 @@ class ExpertRows:
 
     Attributes:
         counts: how many rows each expert has.
+        kept_counts: how many in `pre` and `value`, where zeros follow its own.
         tokens: of the rows, int64; within bounds: nobody checks.
         weights: of the rows; None for 1.
         x: all tokens, of a dtype of `KINDS`; the numbers of a token follow each other.
@@ -38,14 +39,13 @@ class ExpertRows:
         of_down: of `down`.
         of_up_bias: of `up_bias`.
         of_down_bias: of `down_bias`.
-        kept_counts: how many rows each expert has in `pre` and `value`, where zeros follow its own;
-            as many if None.
         paired: whether products are of pairs of bfloat16 numbers, which all that has a kind then
             consists of, see `pair_up`; but `up` and `down` may be float32, and are rounded as they
             are read.
     """
 
     counts: Sequence[int]
+    kept_counts: Sequence[int]
     tokens: Tensor
     weights: Tensor | None
     x: Tensor
@@ -63,7 +63,6 @@ class ExpertRows:
     of_down: Tensor | None = None
     of_up_bias: Tensor | None = None
     of_down_bias: Tensor | None = None
-    kept_counts: Sequence[int] | None = None
     paired: bool = False
 
 
@@ -113,10 +112,10 @@ def check_memory(given: ExpertRows) -> None:
     rows, dim, first = sum(given.counts), given.up.shape[-1], (1 + given.gated) * width
     if len(given.counts) != experts or min(given.counts) < 0:
         raise ValueError(f"{experts} experts cannot have {list(given.counts)} rows")
-    kept_counts = given.kept_counts or given.counts
-    if len(kept_counts) != experts or any(map(gt, given.counts, kept_counts)):
-        raise ValueError(f"{list(given.counts)} rows do not fit in {list(kept_counts)} kept ones")
-    kept = sum(kept_counts)
+    if len(given.kept_counts) != experts or any(map(gt, given.counts, given.kept_counts)):
+        kept = list(given.kept_counts)
+        raise ValueError(f"{list(given.counts)} rows do not fit in {kept} kept ones")
+    kept = sum(given.kept_counts)
     if given.paired:
         _check_pairs(given)
     # Of what belongs together the first says which of the kinds it is.

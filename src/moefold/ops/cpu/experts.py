@@ -189,7 +189,7 @@ def _run(
         paired=given.paired,
         counts=many(*counts),
         starts=many(*accumulate(counts, initial=0)),
-        kept_starts=many(*accumulate(given.kept_counts or counts, initial=0)),
+        kept_starts=many(*accumulate(given.kept_counts, initial=0)),
         x=_tokens(given.x),
         grad=_tokens(given.grad),
         up=_Stack(given.up.data_ptr(), *given.up.stride(), KINDS[given.up.dtype]),
