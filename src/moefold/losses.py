@@ -62,8 +62,10 @@ def sequence_balance(routing: Routing) -> Float[Tensor, ""]:
     scores = routing.scores
     total = scores.sum(-1, keepdim=True)
     probability = scores / torch.where(total > 0, total, torch.ones_like(total))
-    best, real = rank(scores) < _asked(routing).sum(-1, keepdim=True), _real(routing)
-    return _agreement(probability, (best & real.unsqueeze(-1)).sum(1), routing.mask)
+    best = rank(scores) < _asked(routing).sum(-1, keepdim=True)
+    if routing.mask is not None:
+        best = best & routing.mask.unsqueeze(-1)
+    return _agreement(probability, best.sum(1), routing.mask)
 
 
 @losses.register(
@@ -261,8 +263,8 @@ def _agreement(
     share = counts / counts.sum(-1, keepdim=True).clamp_min(1)
     if real is None:  # fewer steps: around a few tokens each costs more than what it computes
         return (share * probability.sum(1)).sum() * (experts / max(tokens * sets, 1))
-    tokens = real.sum(1, keepdim=True).clamp_min(1)
-    mean = (probability * real.unsqueeze(-1)).sum(1) / tokens
+    counted = real.sum(1, keepdim=True).clamp_min(1)
+    mean = (probability * real.unsqueeze(-1)).sum(1) / counted
     return _mean_of_groups(experts * (share * mean).sum(-1), real)
 
 

@@ -202,9 +202,34 @@ def test_mixed_precision_is_float32_under_autocast(shape):
     for record in (mine, same):
         assert record["error"] <= TOLERANCE["amp"]
         assert record["both_ms"][1] > 0
+        assert "remark" not in record
     assert mine["empty_us"]["inference"][1] > 0
     decoded = run_decode(shape, "amp", QUICK, [])["points"]
     assert all(record["us"][1] > 0 for point in decoded for record in point["records"])
+
+
+def test_who_is_asked_is_asked_under_autocast(monkeypatch):
+    asked, peer = [], Fake("wide", lambda y: y.float())
+
+    def reasons_against(shape, dtype, device):
+        asked.append(torch.is_autocast_enabled(device))
+        return []
+
+    monkeypatch.setattr(peer, "reasons_against", reasons_against)
+    for dtype in ("fp32", "amp"):
+        found = run_layer(TOKENS, dtype, QUICK, [peer])
+        remark = found["records"][-1].get("remark")
+        assert remark == ("its result is float32" if dtype == "amp" else None)
+    assert asked == [False, True]
+
+
+@pytest.mark.parametrize("shape", [TOKENS], ids=str)
+def test_no_choice_hangs_on_rounding_under_autocast(shape):
+    entrance = Entrance.of_run(shape, "amp", QUICK)
+    for x in entrance.inputs:
+        logits = x.detach().flatten(0, 1) @ weights_of(entrance.master)["router.weight"].t()
+        best = logits.topk(3).values
+        assert (best[:, 1] - best[:, 2] > 2 * SAFE_GAP).all()
 
 
 def test_a_pass_that_takes_too_long_is_not_repeated():

@@ -251,13 +251,26 @@ def test_memory_of_a_curve_is_beside_weights_and_gradients():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "amp"])
-def test_one_point_has_no_exponent(dtype):
+def test_one_point_has_no_exponent(dtype, monkeypatch):
     one = replace(SMALL, tokens=(16,), experts=(2,), ks=(1,), widths=(8,), group_lengths=(8,))
     one = replace(one, soft_experts=(1,), fine_ks=(1,), routers=("soft",))
+    low = []
+
+    def looked_at(make):
+        def made(*given):
+            layer = make(*given)
+            layer.register_forward_hook(lambda *_: low.append(torch.is_autocast_enabled("cpu")))
+            return layer
+
+        return made
+
+    for name in ("ours", "dense"):
+        monkeypatch.setattr(scaling, name, looked_at(getattr(scaling, name)))
     for curve in run_scaling(one, dtype, replace(QUICK, rounds=1)):
         assert curve["dtype"] == dtype
         for line in curve["lines"].values():
             assert "fit" not in line
+    assert set(low) == {dtype == "amp"}
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "amp"])

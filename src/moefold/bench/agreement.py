@@ -22,11 +22,15 @@ Of a gradient of a single number see `disagreement`.
 fp32: rounding of 2^-24 grows with the square root of the number of terms, some thousands, and stays
 under 1e-5. bf16: values are rounded to 2^-9 at five places in a row, and a peer's router rounds its
 weights, which adds up to under 2e-2; a wrong expert for one token in 200 gives more than that. fp16
-has three more bits than bf16. amp: as bf16, where tokens and weights are rounded as well.
+has three more bits than bf16. amp: as bf16.
 """
 
 # A peer's logit in bf16 is off by 2^-8 of its size (they are below 4 here), on both sides of a gap.
 SAFE_GAP = 2 * 4 * 2**-8
+# Under autocast so are tokens and the router's weights, each number by 2^-9 of itself at most and a
+# third of the square of that in the mean. Of unit size, their sum of products is then off by 2^-9 *
+# (2 / 3)^0.5 in the mean, and 8 times that is less than what is allowed for the logit.
+AMP_GAP = 2 * SAFE_GAP
 
 _PIECE = 2**26
 
@@ -40,12 +44,18 @@ class Disagreement:
 
 
 def draw_inputs(
-    shape: Shape, master: MoE, number: int, dtype: torch.dtype, device: str
+    shape: Shape,
+    master: MoE,
+    number: int,
+    dtype: torch.dtype,
+    device: str,
+    gap: float = SAFE_GAP,
 ) -> list[Tensor]:
     """Random tokens `[sequences, tokens, dim]` that want a gradient.
 
     Where tokens choose, those whose choice rounding to bfloat16 could turn are left out: peers
-    route in the dtype of the layer, we in float32, and both must choose alike to be compared.
+    route in the dtype of the layer, we in float32, and both must choose alike to be compared. Their
+    last choice is more than `gap` before the first that they did not make.
 
     Raises:
         ValueError: hardly any token chooses clearly.
@@ -53,7 +63,7 @@ def draw_inputs(
     inputs = []
     for _ in range(number):
         if shape.router == "token-choice" and shape.k < shape.experts:
-            flat = _clear(shape, weights_of(master)["router.weight"], dtype)
+            flat = _clear(shape, weights_of(master)["router.weight"], dtype, gap)
         else:
             flat = torch.randn(shape.tokens, shape.dim, device=device).to(dtype)
         x = flat.reshape(shape.sequences, -1, shape.dim)
@@ -119,14 +129,14 @@ def _relative(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
     return math.sqrt(off) / max(math.sqrt(of), 1e-30)
 
 
-def _clear(shape: Shape, router: Tensor, dtype: torch.dtype) -> Tensor:
+def _clear(shape: Shape, router: Tensor, dtype: torch.dtype, gap: float) -> Tensor:
     kept: list[Tensor] = []
     have = 0
     weight = router.float().t()
     for _ in range(8):
         pool = torch.randn(2 * shape.tokens, shape.dim, device=router.device).to(dtype)
         best = (pool.float() @ weight).detach().topk(shape.k + 1, dim=-1).values
-        clear = pool[best[:, -2] - best[:, -1] > SAFE_GAP]
+        clear = pool[best[:, -2] - best[:, -1] > gap]
         kept.append(clear)
         have += len(clear)
         if have >= shape.tokens:
@@ -138,6 +148,7 @@ def _clear(shape: Shape, router: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 __all__ = [
+    "AMP_GAP",
     "SAFE_GAP",
     "TOLERANCE",
     "Disagreement",

@@ -130,7 +130,7 @@ class _Made:
         """As a point."""
         return _Point(
             x=x,
-            layer=as_run(self.layer.to(device, DTYPES[dtype_name]), dtype_name),
+            layer=as_run(self.layer.to(device, DTYPES[dtype_name]), dtype_name, device),
             sequences=self.sequences,
             tokens=self.tokens,
             dim=self.dim,
@@ -303,7 +303,7 @@ def _memory(which: Scaling, dtype_name: str, settings: Settings) -> list[dict[st
 
 def _beside_weights(layer: nn.Module, shape: Shape, dtype_name: str, device: str) -> int:
     dtype, tokens = DTYPES[dtype_name], shape.tokens // shape.sequences
-    layer = as_run(layer.to(device, dtype), dtype_name)
+    layer = as_run(layer.to(device, dtype), dtype_name, device)
     x = torch.randn(shape.sequences, tokens, shape.dim).to(device, dtype).requires_grad_()
     back = torch.randn(x.shape).to(device, result_dtype(dtype_name))
 

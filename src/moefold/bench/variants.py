@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from moefold.bench.agreement import (
+    AMP_GAP,
+    SAFE_GAP,
     TOLERANCE,
     disagreement,
     draw_inputs,
@@ -19,7 +21,7 @@ from moefold.bench.agreement import (
 )
 from moefold.bench.layers import After, copy_weights, dense, ours, reference
 from moefold.bench.peers import AbstractPeer, Built, Given
-from moefold.bench.precision import DTYPES, as_run, result_dtype
+from moefold.bench.precision import AMP, DTYPES, as_run, result_dtype, running
 from moefold.bench.settings import Settings
 from moefold.bench.shapes import Shape
 from moefold.experts.backends import AUTO, backends
@@ -87,9 +89,13 @@ class Entrance:
         dtype, device = DTYPES[dtype_name], settings.device
         torch.manual_seed(settings.seed)
         master = reference(shape, device, dtype)
-        inputs = draw_inputs(shape, master, settings.rounds + settings.warmup, dtype, device)
-        back = torch.randn(inputs[0].shape).to(device, result_dtype(dtype_name))
-        return cls(shape, dtype_name, device, master, inputs, back if training else None)
+        number = settings.rounds + settings.warmup
+        gap = AMP_GAP if dtype_name == AMP else SAFE_GAP
+        inputs = draw_inputs(shape, master, number, dtype, device, gap)
+        back = None
+        if training:
+            back = torch.randn(inputs[0].shape).to(device, result_dtype(dtype_name))
+        return cls(shape, dtype_name, device, master, inputs, back)
 
     def all(
         self, backends: Sequence[str], peers: Sequence[AbstractPeer]
@@ -117,7 +123,8 @@ class Entrance:
             copy_weights(self.master, layer)
             if backend != AUTO:
                 rows = self.inputs[0].flatten(0, 1)
-                against = backends.get(backend).reasons_against(rows, layer.experts.weights)
+                with running(self.dtype_name, self.device):
+                    against = backends.get(backend).reasons_against(rows, layer.experts.weights)
                 if against:
                     record["refused"] = "; ".join(against)
                     return record
@@ -131,7 +138,9 @@ class Entrance:
     def peer(self, peer: AbstractPeer, timed: dict[str, Variant]) -> dict[str, Any]:
         """Somebody else's layer."""
         record: dict[str, Any] = {"variant": peer.name, "kind": "peer", "version": peer.version()}
-        if reasons := peer.reasons_against(self.shape, self.dtype, self.device):
+        with running(self.dtype_name, self.device):
+            reasons = peer.reasons_against(self.shape, self.dtype, self.device)
+        if reasons:
             record["refused"] = "; ".join(reasons)
             return record
         given = Given(
@@ -146,11 +155,16 @@ class Entrance:
             found = self._outcome(built.layer, built.gradients)
         except Exception as error:  # what it raises is the reason, whatever it is
             return _refused(record, error)
-        if built.remark:
-            record["remark"] = built.remark
+        remarks = [built.remark] if built.remark else []
+        if (made := found["y"].dtype) != result_dtype(self.dtype_name):
+            remarks.append(f"its result is {str(made).removeprefix('torch.')}")
+        if remarks:
+            record["remark"] = "; ".join(remarks)
         if built.another:
             record["not_compared"] = built.another
-            flops = _counted_flops(as_run(built.layer, self.dtype_name), self.inputs[0])
+            flops = _counted_flops(
+                as_run(built.layer, self.dtype_name, self.device), self.inputs[0]
+            )
             self._let_in(record, built.layer, flops, timed)
         elif self._agrees(record, found, self._want(built)):
             self._let_in(record, built.layer, self.shape.flops, timed)
@@ -168,7 +182,9 @@ class Entrance:
     def _outcome(
         self, layer: nn.Module, gradients: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        return outcome(as_run(layer, self.dtype_name), self.inputs[0], self.back, gradients)
+        return outcome(
+            as_run(layer, self.dtype_name, self.device), self.inputs[0], self.back, gradients
+        )
 
     def _agrees(
         self, record: dict[str, Any], found: dict[str, Tensor], wanted: dict[str, Tensor]
@@ -189,7 +205,7 @@ class Entrance:
     def _let_in(
         self, record: dict[str, Any], layer: nn.Module, flops: int, timed: dict[str, Variant]
     ) -> None:
-        layer = as_run(layer, self.dtype_name)
+        layer = as_run(layer, self.dtype_name, self.device)
         timed[record["variant"]] = Variant(record=record, layer=layer, flops=flops)
 
 

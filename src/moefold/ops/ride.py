@@ -40,8 +40,7 @@ class _Ride(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, loss: Tensor) -> Tensor:
         ctx.save_for_backward(loss)
-        # Not view_as: a view made here could not be changed in place by the layers that follow.
-        return y.detach()
+        return _again(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,10 +49,17 @@ class _Ride(torch.autograd.Function):
 
 
 class _RideTransformed(_Ride):
+    """The same for function transforms, which ask for a `setup_context`."""
+
     @staticmethod
     def forward(y: Tensor, loss: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return y.detach()
+        return _again(y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+
+
+def _again(y: Tensor) -> Tensor:
+    # Not view_as: a view made here could not be changed in place by the layers that follow.
+    return y.detach()

@@ -66,9 +66,9 @@ INLINE __m512i read_low(const int kind, const void *at, int count)
 }
 #endif
 
-/* Up to `width` columns of rows, two rows at a time: pairs, of a number and the one below it, of
- * bfloat16, or if there are 32 of float32. Below the last of an odd number of rows are zeros, as
- * there are beside the columns. */
+/* Up to `width` columns of rows, two rows at a time: pairs, of a number and the one below it. Rows
+ * are bfloat16, or float32 where the width is 32. Below the last of an odd number of rows are
+ * zeros, as there are beside the columns. */
 INLINE void pack_pairs(const int kind, const int width, int rows, int columns, const void *from,
                        long stride, const int64_t *index, float *out)
 {
@@ -164,7 +164,8 @@ static Ahead next_columns(Factor right, const void *here, int rows, int call)
     const long size = size_of(right.kind), stride = size * right.stride;
     if (right.turned) {
         const char *column = (const char *)here + (WIDTH + WIDTH / CALLS * call) * stride;
-        return (Ahead){column, column + stride, 2 * stride, 16 * size, right.kind == ROUNDED ? 64 : 0};
+        const long again = right.kind == ROUNDED ? 64 : 0;
+        return (Ahead){column, column + stride, 2 * stride, 16 * size, again};
     }
     const char *row = (const char *)here + WIDTH * size + (long)call * (rows / CALLS) * stride;
     if (WIDTH * size > 64 && right.paired)

@@ -25,6 +25,8 @@ INLINE void add_products(const int kind, const int paired, const int rows,
 #pragma GCC unroll 6
     for (int j = 0; j < ABREAST; j++) {
         __builtin_prefetch(number(kind, at[j], ahead + k), 0, 2);
+        if (kind == ROUNDED) /* of which a vector is two lines */
+            __builtin_prefetch(number(kind, at[j], ahead + k + SPAN / 2), 0, 2);
         const Vector numbers = read_vector(kind, at[j], k, count);
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++)

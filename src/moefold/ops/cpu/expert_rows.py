@@ -66,8 +66,8 @@ class ExpertRows:
     paired: bool = False
 
 
-PAIRED = torch.bfloat16, torch.float32
-"""Of which matrices pairs are made, of the latter as they are read."""
+PAIRS_OF = torch.bfloat16, torch.float32
+"""Dtypes of matrices that are multiplied in pairs; float32 is rounded as it is read."""
 
 MOST_PAIRED = 8192
 """Numbers that a result is the sum of (MOST_DEPTH in C): so much of a column lies in cache."""
@@ -153,7 +153,7 @@ def _check_pairs(given: ExpertRows) -> None:
     of_rows = [t for t in (given.x, given.grad) if t is not None]
     low = [*of_rows, *(t for t in (given.pre, given.value) if t is not None)]
     even = pair_up(given.up, given.down) and not any(map(_is_odd, of_rows))
-    is_low = all(t.dtype == torch.bfloat16 for t in low) and given.up.dtype in PAIRED
+    is_low = all(t.dtype == torch.bfloat16 for t in low) and given.up.dtype in PAIRS_OF
     if not even or not is_low:
         every = (*low, given.up, given.down)
         raise ValueError(

@@ -26,8 +26,8 @@ typedef struct {
 /* All experts and their rows, sorted by expert. Pointers are 0 for what is not there or not asked
  * for. `pre` and `value` hold `[rows, width]` of the kind `kept`, with zeros where an expert's next
  * one starts later; biases and gradients lie without gaps, `of_up` and `of_down` of the stacks'
- * kind. `dim` numbers in a token, `made` in a result. If `paired`, all that has a kind is bfloat16, or
- * if it is a stack perhaps float32, sizes and strides are even, and products are of pairs. */
+ * kind. `dim` numbers in a token, `made` in a result. If `paired`, all that has a kind is bfloat16,
+ * but stacks may be float32; sizes and strides are even, and products are of pairs. */
 typedef struct {
     int dim, width, made, gated, activation, kept, paired;
     const int64_t *counts, *starts, *kept_starts; /* of the rows of each expert, and of all */

@@ -37,9 +37,9 @@ INLINE long place(const int64_t *index, long row) { return index ? index[row] : 
 enum { FLOAT32, BFLOAT16, FLOAT16, ROUNDED };
 
 /* A matrix that rows are multiplied by: it lies as [depth, columns], or if `turned` as
- * [columns, depth]. If `paired`, what it is multiplied with is bfloat16, pair by pair, and so is the
- * matrix, or is rounded to it as it is read: then the depth is even, and so are all strides along
- * which a row of pairs is found. */
+ * [columns, depth]. If `paired`, rows are bfloat16 and multiplied pair by pair, and the matrix is
+ * that, too, or float32 and rounded as it is read: then the depth is even, and so are all strides
+ * along which a row of pairs is found. */
 typedef struct {
     const void *at;
     long stride;

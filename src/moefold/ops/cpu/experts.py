@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
-from moefold.ops.cpu.expert_rows import KINDS, PAIRED, ExpertRows, check_memory, pair_up
+from moefold.ops.cpu.expert_rows import KINDS, PAIRS_OF, ExpertRows, check_memory, pair_up
 from moefold.ops.cpu.team import all_threads, run_compiled_together
 
 MOST_ROWS = 1024
@@ -51,7 +51,7 @@ def can_compute(like: Tensor, up: Tensor, down: Tensor) -> bool:
 
 
 def _can_pair(like: Tensor, up: Tensor, down: Tensor) -> bool:
-    is_low = like.dtype == torch.bfloat16 and up.dtype in PAIRED
+    is_low = like.dtype == torch.bfloat16 and up.dtype in PAIRS_OF
     return is_low and pair_up(up, down) and _has_pairs()
 
 

@@ -1,6 +1,7 @@
 /* Products with a few dozen rows, for x86-64 with AVX2, FMA and F16C, and faster with AVX-512.
- * Computed is in float32; matrices of two bytes a number become float32 as they are read, or are
- * multiplied pair by pair where both factors are bfloat16 and the processor can do that.
+ * Computed is in float32; matrices of two bytes a number become float32 as they are read. Where
+ * rows are bfloat16 and the processor can do that, they are multiplied pair by pair with matrices
+ * of bfloat16, or of float32, which are rounded as they are read.
  *
  * An expert has few rows and large matrices. Libraries arrange both factors of a product anew,
  * which pays if each number is then used for hundreds of rows, and not for 64. Here rows are read

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from moefold.ops.cpu.compiled import library
-from moefold.ops.cpu.expert_rows import KINDS, PAIRED
+from moefold.ops.cpu.expert_rows import KINDS, PAIRS_OF
 
 MOST_ROUNDED = 1024
 """Rows whose sum is written in bfloat16."""
@@ -58,7 +58,7 @@ def product(
         out_index: of the rows in `out`, likewise; one that comes twice is only right if `add`.
     """
     low = _is_low(left)
-    assert not low or right.dtype in PAIRED, "a row of pairs is multiplied by a matrix of pairs"
+    assert not low or right.dtype in PAIRS_OF, "a row of pairs is multiplied by a matrix of pairs"
     assert low or not _is_low(out), "only what pairs make is rounded"
     experts, turned = right.shape[0] if right.ndim == 3 else 1, right.stride(-2) == 1
     functions = _functions()
