@@ -44,6 +44,7 @@ _MEMORY = (
     "the peak of a training pass, less the weights and gradients beyond those of the dense MLP, "
     "as a share of the dense MLP's peak"
 )
+_AMP = "Amp: float32 under autocast to bfloat16."
 
 
 def readme_tables(several: Mapping[str, Results]) -> dict[str, str]:
@@ -100,7 +101,10 @@ def _measured(entry: Entry) -> str:
 
 _SPEED_MEANS = (
     "A dense MLP's time, of the same active width, over the layer's, forward and backward: at 1 a "
-    "mixture costs nothing. In brackets the fastest peer that could run. Memory: " + _MEMORY + "."
+    "mixture costs nothing. In brackets the fastest peer that could run. Memory: "
+    + _MEMORY
+    + ". "
+    + _AMP
 )
 
 
@@ -144,7 +148,7 @@ def _memory_share(entry: Entry | None) -> str:
 _LAYERS_MEAN = (
     "Forward and backward, as a share of the speed of a dense MLP of the same active width: "
     "medians over rounds, with quartiles. Over: how many times as fast as transformers' expert "
-    "functions. Memory: " + _MEMORY + "."
+    "functions. Memory: " + _MEMORY + ". " + _AMP
 )
 
 

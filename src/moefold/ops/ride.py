@@ -48,16 +48,18 @@ class _Ride(torch.autograd.Function):
         return grads[0], torch.ones_like(loss)
 
 
-class _RideTransformed(_Ride):
+class _RideTransformed(torch.autograd.Function):
     """The same for function transforms, which ask for a `setup_context`."""
 
     @staticmethod
-    def forward(y: Tensor, loss: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def forward(y: Tensor, loss: Tensor) -> Tensor:
         return _again(y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
         ctx.save_for_backward(inputs[1])
+
+    backward = _Ride.backward
 
 
 def _again(y: Tensor) -> Tensor:
