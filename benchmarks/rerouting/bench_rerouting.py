@@ -24,6 +24,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import OlmoeConfig, OlmoeModel
@@ -66,7 +67,9 @@ def bench_choice(rounds: int) -> dict[str, dict[str, object]]:
     logits = torch.randn(1, 4096, 64)
     tokens = {"min_experts": 1, "max_experts": 12}
     experts = {"capacity_factor": 1.25}
-    variants: dict[str, Callable[[], object]] = {}
+    base = "topk of each token"
+    plain = scored(logits)[1]
+    variants: dict[str, Callable[[], object]] = {base: lambda: torch.topk(plain, 8, dim=-1)}
     for name, settings in {
         "unified": {},
         "bounds of a token": tokens,
@@ -75,9 +78,9 @@ def bench_choice(rounds: int) -> dict[str, dict[str, object]]:
     }.items():
         recipe, scores = scored(logits, **settings)
         variants[name] = lambda recipe=recipe, scores=scores: recipe.choice(scores, None, False)
-        per_token = scores
     for rule in ("threshold", "prefix"):
         recipe, scores = scored(logits, inference=rule)
+        assert recipe.inference is not None, "the router was built with a rule"
         state = recipe.inference.initial(recipe.choice, 64)
         if state is not None:  # the level that the group's own choice has on these scores
             state = scores.flatten().topk(8 * 4096).values[-1].reshape(state.shape)
@@ -85,12 +88,10 @@ def bench_choice(rounds: int) -> dict[str, dict[str, object]]:
             scores=scores, mask=None, choice=recipe.choice, state=state, predicted=None, past=None
         )
         variants[rule] = lambda rule=recipe.inference, known=known: rule(known)
-    base = "topk of each token"
-    variants = {base: lambda: torch.topk(per_token, 8, dim=-1), **variants}
     return summary(interleaved(variants, rounds), base)
 
 
-def scored(logits: torch.Tensor, **settings: object) -> tuple[Recipe, torch.Tensor]:
+def scored(logits: torch.Tensor, **settings: Any) -> tuple[Recipe, torch.Tensor]:
     """The recipe of unified competition at a budget of 8, and what it makes of logits."""
     router = moefold.routers.build("unified", dim=8, num_experts=64, budget=8.0, **settings)
     assert isinstance(router, SparseRouter)

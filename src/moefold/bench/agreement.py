@@ -27,9 +27,9 @@ has three more bits than bf16. amp: as bf16.
 
 # A peer's logit in bf16 is off by 2^-8 of its size (they are below 4 here), on both sides of a gap.
 SAFE_GAP = 2 * 4 * 2**-8
-# Under autocast tokens and the router's weights are rounded, too, each by 2^-9 of itself at most and
-# by 2^-9 / 3^0.5 as a root mean square. A logit, of unit size in the mean, is then off by 2^-9 *
-# (2 / 3)^0.5; 8 times that is less than what is allowed above for its own rounding.
+# Under autocast tokens and the router's weights are rounded, too: each by 2^-9 of itself at most,
+# and by 2^-9 / 3^0.5 as a root mean square. A logit, of unit size in the mean, is then off by
+# 2^-9 * (2 / 3)^0.5; 8 times that is less than what is allowed above for its own rounding.
 AMP_GAP = 2 * SAFE_GAP
 
 _PIECE = 2**26
