@@ -112,12 +112,12 @@ def run_model(
         torch.randint(min(200, vocabulary // 2), vocabulary, shape).to(settings.device)
         for _ in range(settings.rounds + settings.warmup)
     ]
-    wanted = _hidden(as_run(dense, dtype_name, settings.device), inputs[0])
+    models: dict[str, nn.Module] = {DENSE: as_run(dense, dtype_name, settings.device)}
+    wanted = _hidden(models[DENSE], inputs[0])
     flops = _flops(dense, inputs[0])
     layers = int(getattr(dense.config, "num_hidden_layers", 1))
     # Every layer adds an error of its own, and independent ones add as the square root.
     tolerance = TOLERANCE[dtype_name] * math.sqrt(layers)
-    models: dict[str, nn.Module] = {DENSE: as_run(dense, dtype_name, settings.device)}
     records: list[dict[str, Any]] = [{"variant": DENSE, "flops_of_dense": 1.0}]
     for backend in settings.backends:
         for k in which.ks:

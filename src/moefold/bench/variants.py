@@ -162,9 +162,7 @@ class Entrance:
             record["remark"] = "; ".join(remarks)
         if built.another:
             record["not_compared"] = built.another
-            flops = _counted_flops(
-                as_run(built.layer, self.dtype_name, self.device), self.inputs[0]
-            )
+            flops = _counted_flops(self._as_run(built.layer), self.inputs[0])
             self._let_in(record, built.layer, flops, timed)
         elif self._agrees(record, found, self._want(built)):
             self._let_in(record, built.layer, self.shape.flops, timed)
@@ -182,9 +180,10 @@ class Entrance:
     def _outcome(
         self, layer: nn.Module, gradients: Callable[[], dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        return outcome(
-            as_run(layer, self.dtype_name, self.device), self.inputs[0], self.back, gradients
-        )
+        return outcome(self._as_run(layer), self.inputs[0], self.back, gradients)
+
+    def _as_run(self, layer: nn.Module) -> nn.Module:
+        return as_run(layer, self.dtype_name, self.device)
 
     def _agrees(
         self, record: dict[str, Any], found: dict[str, Tensor], wanted: dict[str, Tensor]
@@ -205,8 +204,7 @@ class Entrance:
     def _let_in(
         self, record: dict[str, Any], layer: nn.Module, flops: int, timed: dict[str, Variant]
     ) -> None:
-        layer = as_run(layer, self.dtype_name, self.device)
-        timed[record["variant"]] = Variant(record=record, layer=layer, flops=flops)
+        timed[record["variant"]] = Variant(record=record, layer=self._as_run(layer), flops=flops)
 
 
 def _refused(record: dict[str, Any], error: Exception) -> dict[str, Any]:

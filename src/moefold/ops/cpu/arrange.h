@@ -168,10 +168,10 @@ static Ahead next_columns(Factor right, const void *here, int rows, int call)
         return (Ahead){column, column + stride, 2 * stride, 16 * size, again};
     }
     const char *row = (const char *)here + WIDTH * size + (long)call * (rows / CALLS) * stride;
-    if (WIDTH * size > 64 && right.paired)
-        return (Ahead){row, row + 64, stride, 4 * stride, 2 * stride};
-    if (WIDTH * size > 64)
-        return (Ahead){row, row + 64, stride, 2 * stride, 0};
+    if (WIDTH * size > 64) {
+        const long again = right.paired ? 2 * stride : 0;
+        return (Ahead){row, row + 64, stride, 2 * stride + again, again};
+    }
     return (Ahead){row, row + stride, 2 * stride, WIDTH / CALLS * stride, 0};
 }
 
